@@ -1,0 +1,1 @@
+"""The bundled demo model: data generator, training, evaluation, and the checkpoint itself."""

@@ -1,0 +1,146 @@
+"""Everything that may cross the wall between the server and the engine.
+
+Plain frozen dataclasses and one protocol; standard library only. The engine speaks token ids, never text;
+the server speaks text, never tensors. Invariant: every accepted request ends in exactly one `Finished`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+class EngineError(Exception):
+    """Base of everything the engine raises for a caller's mistake or a broken checkpoint."""
+
+
+class CheckpointError(EngineError):
+    """A checkpoint cannot be loaded. The message names the file, key or tensor and says what to do."""
+
+
+class RequestTooLong(EngineError):
+    """Prompt (plus at least one token of reply) does not fit the context."""
+
+    def __init__(self, prompt_tokens: int, context_length: int) -> None:
+        super().__init__(f"prompt of {prompt_tokens} tokens does not fit a context of {context_length} tokens")
+        self.prompt_tokens = prompt_tokens
+        self.context_length = context_length
+
+
+class QueueFull(EngineError):
+    """The bounded waiting queue is full; the caller should retry later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How one request draws. Shapes only the draw at each position; acceptance, stopping and
+    self-conditioning keep the checkpoint's schedule (design decision 8)."""
+
+    seed: int  # 0 <= seed < 2**64
+    temperature: float = 1.0  # multiplies the schedule's temperature; 0 = argmax
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest:
+    """One reply to generate. `max_tokens` counts reply tokens, the eos token included."""
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """Token and work counts of one request so far."""
+
+    prompt_tokens: int
+    cached_tokens: int = 0  # prompt tokens whose KV was reused
+    completion_tokens: int = 0  # reply tokens, the eos token included
+    canvases: int = 0  # canvases delivered
+    denoise_steps: int = 0  # denoise passes, re-drawn canvases included
+    redrawn_canvases: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CanvasDone:
+    """A finished canvas. `token_ids` are final: cut before the eos id and at max_tokens, never retracted."""
+
+    request_id: str
+    index: int  # 0-based canvas number within the reply
+    token_ids: tuple[int, ...]
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The end of one request; exactly one per accepted request, whatever happened."""
+
+    request_id: str
+    reason: FinishReason
+    usage: Usage
+    stop_id: int | None = None  # the eos id that ended the reply, when reason is "stop"
+    error: str | None = None  # what went wrong, when reason is "error"; "length" after a canvas that never converged
+
+
+Event = CanvasDone | Finished
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineInfo:
+    """Facts about the loaded model that the server and the command line may show or rely on."""
+
+    model_path: str
+    canvas_length: int
+    context_length: int  # positions a prompt and its reply may take together
+    vocab_size: int
+    eos_ids: frozenset[int]
+    device: str
+    dtype: str
+    format: str  # storage format of the weights, e.g. "bf16"
+    kernels: str  # which op set runs: "reference" or "triton"
+    parameters: int
+    weight_bytes: int
+    kv_bytes: int
+    load_seconds: float
+
+
+class Engine(Protocol):
+    """One loaded model. Not thread-safe: one thread submits, cancels, steps and closes."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def has_work(self) -> bool:
+        """True while a submitted request has not finished: call `step` again."""
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a request. Raises RequestTooLong or QueueFull; nothing is queued then."""
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at the next step with Finished("cancelled"). Unknown or finished ids are ignored."""
+
+    def step(self) -> list[Event]:
+        """Advance by one unit of work (a commit chunk and/or one denoise pass) and return what happened."""
+
+    def close(self) -> None:
+        """Free the model's memory. Requests still running are dropped without an event."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How to build an engine. `auto` values are resolved at build time and reported in `EngineInfo`."""
+
+    model: str  # folder or hub id
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    dtype: str = "auto"  # auto (float32 on cpu, bfloat16 on cuda) | float32 | bfloat16
+    kernels: str = "auto"  # auto | reference
+    context_length: int | None = None  # None = the checkpoint's, as far as memory goes
+    max_waiting: int = 64  # bound of the waiting queue
+    commit_chunk: int = 512  # prompt tokens committed between two steps
+    progress: bool = True  # show a progress bar while loading

@@ -1,0 +1,1 @@
+"""Ops, by implementation. `reference.py` is the specification; every other file must agree with it."""

@@ -1,0 +1,1 @@
+"""HTTP, text and JSON. Knows the engine only as `from engine import ...`."""
