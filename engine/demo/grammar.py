@@ -1,0 +1,253 @@
+"""Texts with real choice in them, written once and used both ways: to draw a text and to judge one.
+
+A text is a sequence of sentences. Each sentence is a function from what was said so far (`State`) to every way it may
+go on, as (sentence, new state) pairs. Drawing picks one pair at each sentence; judging asks whether some path through
+the same pairs spells the text. So what the judge accepts is exactly what the generator may write: names kept, events
+consistent, grammar.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from itertools import permutations
+
+State = dict[str, str]
+Sentence = Callable[[State], list[tuple[str, State]]]
+
+
+def draw(sentences: Sequence[Sentence], state: State, rng: random.Random) -> str:
+    """One text, its sentences joined by spaces."""
+    said = []
+    for sentence in sentences:
+        text, state = rng.choice(sentence(state))
+        said.append(text)
+    return " ".join(said)
+
+
+def accepts(sentences: Sequence[Sentence], state: State, text: str) -> bool:
+    """Whether some path through the sentences spells `text` exactly."""
+    if not sentences:
+        return text == ""
+    for head, after in sentences[0](state):
+        if text.startswith(head):
+            rest = text[len(head) :]
+            if rest == "" and len(sentences) == 1:
+                return True
+            if rest.startswith(" ") and accepts(sentences[1:], after, rest[1:]):
+                return True
+    return False
+
+
+def article(noun: str) -> str:
+    """`a fox`, `an owl`."""
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def fixed(*wordings: str) -> Sentence:
+    """A sentence in one of several wordings; `{key}` takes a value of the state."""
+    return lambda s: [(w.format_map(s), s) for w in wordings]
+
+
+def slot(key: str, values: Sequence[str], *wordings: str) -> Sentence:
+    """A sentence that also decides the state's `key`; `{a_key}` is the value with its article."""
+
+    def options(s: State) -> list[tuple[str, State]]:
+        out = []
+        for value in values:
+            after = {**s, key: value, "a_" + key: article(value)}
+            out += [(w.format_map(after), after) for w in wordings]
+        return out
+
+    return options
+
+
+# ---------------------------------------------------------------------------------------------------------- stories
+
+_PLACES = ("forest", "garden", "river", "valley", "castle", "village", "harbour", "meadow", "mountain", "lake")
+_TRAITS = ("brave", "curious", "kind", "cheerful", "quiet", "clever", "patient", "sleepy")
+_GIFTS = ("golden key", "silver bell", "tiny lamp", "old map", "blue feather", "red ribbon", "round mirror", "green stone")
+_PROBLEMS = {
+    "hungry": (
+        "The {animal} was very hungry and had not eaten all day.",
+        "\"I am so hungry,\" said the {animal}, \"and I have no food.\"",
+    ),
+    "lost": (
+        "The {animal} was lost and could not find the way home.",
+        "\"I cannot find my way home,\" said the {animal}.",
+    ),
+    "stuck": (
+        "The {animal} was stuck under a fallen branch.",
+        "\"Please help me,\" said the {animal}, \"this branch is too heavy.\"",
+    ),
+    "lonely": (
+        "The {animal} was lonely and had nobody to play with.",
+        "\"I have nobody to play with,\" said the {animal}.",
+    ),
+    "cold": (
+        "The {animal} was cold and shivered in the wind.",
+        "\"The wind is so cold,\" said the {animal}, and shivered.",
+    ),
+}
+_HELP: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "hungry": (
+        ("warm bread", "sweet berries", "fresh cheese", "red apples"),
+        ("{name} opened a small bag and shared some {help} with the {animal}.",
+         "Without a second thought, {name} gave the {animal} some {help}."),
+    ),
+    "lost": (
+        ("stars", "stream", "old road", "stone wall"),
+        ("Together they followed the {help} until the {animal} saw its home.",
+         "{name} knew the way, and they followed the {help} all the way home."),
+    ),
+    "stuck": (
+        ("strong rope", "long stick", "rusty shovel", "wooden plank"),
+        ("{name} took a {help} and lifted the branch away.",
+         "With a {help} and a lot of care, {name} set the {animal} free."),
+    ),
+    "lonely": (
+        ("a funny song", "a riddle", "a clapping game", "an old dance"),
+        ("{name} sat down and taught the {animal} {help}.",
+         "So {name} showed the {animal} {help}, and they laughed for hours."),
+    ),
+    "cold": (
+        ("woollen scarf", "thick blanket", "soft coat", "yellow sweater"),
+        ("{name} wrapped the {animal} in a {help}.",
+         "Quickly {name} put a {help} around the {animal}."),
+    ),
+}  # fmt: skip
+_AFTER = {
+    "hungry": ("the meal", "the shared meal"),
+    "lost": ("the long way home", "the walk home"),
+    "stuck": ("the fallen branch", "the heavy branch"),
+    "lonely": ("the new game", "the happy afternoon"),
+    "cold": ("the cold wind", "the icy wind"),
+}
+
+
+def _problem(s: State) -> list[tuple[str, State]]:
+    return [(w.format_map(s), {**s, "problem": p}) for p, ws in _PROBLEMS.items() for w in ws]
+
+
+def _help(s: State) -> list[tuple[str, State]]:
+    values, wordings = _HELP[s["problem"]]
+    return [(w.format_map({**s, "help": v}), {**s, "help": v}) for v in values for w in wordings]
+
+
+def _told(s: State) -> list[tuple[str, State]]:
+    return [
+        (w.format_map({**s, "who": who, "after": after}), s)
+        for who in ("a little sister", "a big brother", "a wise grandmother", "the whole family")
+        for after in _AFTER[s["problem"]]
+        for w in ("That evening {name} told {who} about {after}.", "At home, {name} told {who} all about {after}.")
+    ]
+
+
+STORY: tuple[Sentence, ...] = (
+    slot("trait", _TRAITS, "Once upon a time there was {a_trait} child named {name}.",
+         "Long ago there lived {a_trait} child called {name}.", "This is the story of {name}, {a_trait} child."),
+    slot("place", _PLACES, "{name} lived near the {place} and went there every day.",
+         "The home of {name} stood beside the {place}."),
+    slot("when", ("sunny", "windy", "rainy", "misty", "bright", "frosty"),
+         "One {when} morning, {name} met {a_animal} at the {place}.",
+         "On a {when} day, {a_animal} came out of the {place} and looked at {name}."),
+    _problem,
+    fixed("{name} wanted to help at once.", "\"Do not worry,\" said {name}, \"I will help you.\"",
+          "{name} thought for a moment and had an idea."),
+    _help,
+    slot("joy", ("danced in circles", "jumped up and down", "sang a happy tune", "smiled from ear to ear"),
+         "The {animal} was so glad that it {joy}.", "Full of joy, the {animal} {joy}."),
+    slot("gift", _GIFTS, "To say thank you, the {animal} gave {name} {a_gift}.",
+         "\"This is for you,\" said the {animal}, and gave {name} {a_gift}."),
+    slot("kept", ("in a wooden box", "under a pillow", "on a high shelf", "beside the window"),
+         "{name} carried the {gift} home and kept it {kept}.",
+         "Back home, {name} put the {gift} {kept}."),
+    _told,
+    fixed("Everybody wanted to see the {gift}.", "Nobody could stop looking at the {gift}.",
+          "The {gift} shone softly in the dark."),
+    slot("day", ("Sunday", "Monday", "Friday", "summer", "spring"),
+         "Every {day}, {name} and the {animal} met again at the {place}.",
+         "From then on, {name} visited the {animal} at the {place} every {day}."),
+    fixed("They stayed friends for many years.", "And so {name} and the {animal} became best friends.",
+          "The {trait} child and the {animal} were never lonely again."),
+    fixed("The end."),
+)  # fmt: skip
+
+# ------------------------------------------------------------------------------------------------------------- chat
+
+SKILLS = ("add and subtract numbers", "name capital cities", "sort words", "reverse word lists",
+          "turn a sentence into JSON", "call tools", "write short stories", "remember what you tell me")  # fmt: skip
+
+
+def _offer(s: State) -> list[tuple[str, State]]:
+    return [
+        (w.format(a, b, c), s)
+        for a, b, c in permutations(SKILLS, 3)
+        for w in ("I can {}, {} and {}.", "Ask me to {}, {} or {}.", "I know how to {}, {} and {}.")
+    ]
+
+
+_QUESTION = fixed("What would you like to do?", "Where shall we start?", "How can I help you today?",
+                  "What shall it be?", "Which one do you want to try?")  # fmt: skip
+CHAT: dict[str, tuple[Sentence, ...]] = {
+    "hello": (
+        fixed("Hello!", "Hi there!", "Hey!", "Good to see you!", "Welcome!", "Greetings!"),
+        fixed("It is nice to meet you.", "I hope your day is going well.", "What a fine day for a chat.",
+              "I was waiting for a question.", "My canvas is empty and ready."),
+        _offer, _QUESTION,
+    ),
+    "hello_name": (
+        fixed("Hello, {name}!", "Hi, {name}!", "Welcome, {name}!", "Good to see you, {name}!"),
+        fixed("It is nice to meet you.", "I hope your day is going well.", "What a fine day for a chat.",
+              "I will remember your name.", "That is a lovely name."),
+        _offer, _QUESTION,
+    ),
+    "who": (
+        fixed("I am Daub, the small demo model of easel.", "My name is Daub and I am a tiny language model.",
+              "I am Daub, a little block diffusion model.", "You are talking to Daub, the demo model of easel."),
+        fixed("I start from noise and clean a whole canvas of words at once.",
+              "I write many words at the same time, step by step out of noise.",
+              "My text begins as random tokens and becomes clear in a few steps.",
+              "I paint text on a canvas until nothing is left to change."),
+        _offer,
+        fixed("That is all there is to me.", "I am small but quick.", "Ask me anything of that kind.",
+              "Everything else is beyond me."),
+    ),
+    "thanks": (
+        fixed("You are welcome!", "Any time!", "My pleasure!", "Glad to help!", "No problem at all!"),
+        fixed("That was fun.", "It was a good question.", "I like tasks of that kind.", "I am happy that it worked."),
+        _offer,
+        fixed("Is there anything else?", "What comes next?", "Shall we go on?", "Do you have another question?"),
+    ),
+    "bye": (
+        fixed("Goodbye!", "See you soon!", "Farewell!", "Bye for now!", "Take care!"),
+        fixed("It was nice to talk to you.", "Thank you for the chat.", "I enjoyed our talk.", "Have a wonderful day."),
+        fixed("Next time I can tell you a story.", "Next time we could sort some words.",
+              "Come back when you need a sum.", "Come back for another story.", "Next time, ask me about a capital."),
+        fixed("Until then, all the best.", "My canvas will be waiting.", "I will be here.", "Stay curious!"),
+    ),
+    "how": (
+        fixed("I am doing well, thank you.", "Very well, thanks for asking.", "I feel fresh and ready.",
+              "All my layers are in good shape."),
+        fixed("I hope you are well too.", "It is a good day for short questions.", "My noise is clean and my canvas is dry.",
+              "There is always something new to write."),
+        _offer, _QUESTION,
+    ),
+    "skills": (
+        fixed("I am a small model, but there are things I do well.", "There are a few things that I do well.",
+              "My list is short.", "Here is what I am good at."),
+        _offer,
+        fixed("Stories take me a few canvases.", "Sums stay below one hundred each.", "I answer in one or two canvases.",
+              "My words come out all at once."),
+        _QUESTION,
+    ),
+    "other": (
+        fixed("That is beyond me.", "I cannot help with that.", "I am too small a model for that.",
+              "I am afraid I do not know that.", "That is not something I learned."),
+        fixed("I am only a demo model.", "My training was short and simple.", "I know just a handful of tasks.",
+              "There are bigger models for such things."),
+        _offer, _QUESTION,
+    ),
+}  # fmt: skip
+
+
