@@ -1,6 +1,7 @@
 """One canvas from open to done: the denoising loop of the model, in its order.
 
-    canvas = noise; repeat: logits = denoise(canvas, soft) / T; done? ; draw; accept; re-noise the rest; soft = embed(logits)
+    canvas = noise
+    repeat: logits = denoise(canvas, soft) / T;  done?;  draw;  accept;  re-noise the rest;  soft = embed(logits)
 
 Knows the model's denoise pass and the sampler; nothing of requests, queues, eos ids or commits.
 
@@ -52,6 +53,11 @@ class Canvas:
     best: Tensor | None = None  # int64 [C], argmax of the last pass: the result once state is "done"
     unchanged: int = 0  # passes in a row that left `best` as it was
     state: CanvasState = "open"
+
+    @property
+    def just_redrawn(self) -> bool:
+        """True between the pass that used up the first attempt and the next one."""
+        return self.attempt > 0 and self.passes == 0
 
 
 class Denoiser:
