@@ -31,11 +31,10 @@ from engine.interface import (
     EngineOptions,
     Event,
     GenerationRequest,
-    Sampling,
 )
 from engine.kv_cache import KVCache
 from engine.model.gemma4 import DiffusionGemma
-from engine.options import choose_context, choose_device, choose_dtype, choose_kernels
+from engine.options import OP_SETS, check_options, choose_context, choose_device, choose_dtype, choose_kernels
 from engine.scheduler import CommitChunk, Scheduler, Slot
 
 logger = logging.getLogger(__name__)
@@ -94,7 +93,53 @@ class DiffusionEngine:
     @classmethod
     def from_options(cls, options: EngineOptions) -> DiffusionEngine:
         """Load a checkpoint. Raises EngineError for an option that cannot be met, CheckpointError for the rest."""
-        raise NotImplementedError
+        started = time.monotonic()
+        check_options(options)
+        device = choose_device(options.device)
+        dtype = choose_dtype(options.dtype, device)
+        kernels = choose_kernels(options.kernels)
+        checkpoint = load_checkpoint(options.model, device, dtype, options.progress)
+        config, schedule = checkpoint.config, checkpoint.generation
+        context = choose_context(options.context_length, config, device, dtype)
+        try:
+            caches = [KVCache(config, context, device, dtype, chunk=options.commit_chunk) for _ in range(SLOTS)]
+        except RuntimeError as error:  # torch's class for a failed allocation differs between devices
+            raise EngineError(f"no memory for a context of {context} positions on {device}: {error}") from error
+        info = EngineInfo(
+            model_path=options.model,
+            canvas_length=config.canvas_length,
+            context_length=context,
+            vocab_size=config.vocab_size,
+            eos_ids=schedule.eos_ids,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            format=checkpoint.format,
+            kernels=kernels,
+            parameters=checkpoint.parameters,
+            weight_bytes=checkpoint.weight_bytes,
+            kv_bytes=sum(cache.bytes for cache in caches),
+            load_seconds=time.monotonic() - started,
+        )
+        logger.info(
+            "%s: %.1f M parameters stored as %s, run in %s on %s with %s kernels; context %d, KV %.1f MiB; %.1f s",
+            info.model_path,
+            info.parameters / 1e6,
+            info.format,
+            info.dtype,
+            info.device,
+            info.kernels,
+            info.context_length,
+            info.kv_bytes / 2**20,
+            info.load_seconds,
+        )
+        return cls(
+            DiffusionGemma(config, checkpoint.tensors, OP_SETS[kernels]),
+            caches,
+            schedule,
+            info,
+            max_waiting=options.max_waiting,
+            commit_chunk=options.commit_chunk,
+        )
 
     @property
     def info(self) -> EngineInfo:
@@ -217,7 +262,7 @@ class DiffusionEngine:
 
 def check_request(request: GenerationRequest, vocab_size: int) -> None:
     """Raise EngineError, naming the field, for a request that no engine could serve."""
-    sampling: Sampling = request.sampling
+    sampling = request.sampling
     problems = {
         "prompt_ids is empty": not request.prompt_ids,
         f"prompt_ids has an id outside 0..{vocab_size - 1}": any(

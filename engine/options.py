@@ -10,12 +10,21 @@ import os
 import torch
 
 from engine.config import ModelConfig
-from engine.interface import EngineError
+from engine.interface import EngineError, EngineOptions
+from engine.kernels.reference import REFERENCE
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-KERNELS = ("reference",)
+OP_SETS = {"reference": REFERENCE}
 CUDA_RESERVE = 2 * 2**30  # bytes left for activations and logits when the context is sized to the memory
 MIN_CONTEXT = 1024  # positions; a model that leaves no room for these does not fit the device
+
+
+def check_options(options: EngineOptions) -> None:
+    """Raise EngineError for a bound that makes no sense."""
+    if options.max_waiting < 0:
+        raise EngineError(f"max_waiting must be 0 or more, not {options.max_waiting}")
+    if options.commit_chunk < 1:
+        raise EngineError(f"commit_chunk must be at least 1, not {options.commit_chunk}")
 
 
 def choose_device(name: str) -> torch.device:
@@ -51,8 +60,8 @@ def choose_kernels(name: str) -> str:
     """`auto` or the name of an op set."""
     if name == "auto":
         return "reference"
-    if name not in KERNELS:
-        raise EngineError(f"unknown kernels {name!r}; choose auto or {' or '.join(KERNELS)}")
+    if name not in OP_SETS:
+        raise EngineError(f"unknown kernels {name!r}; choose auto or {' or '.join(OP_SETS)}")
     return name
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engine import options as choices
-from engine.config import GenerationDefaults
+from engine.config import GenerationDefaults, LayerConfig, ModelConfig
 from engine.engine import DiffusionEngine
 from engine.interface import (
     CanvasDone,
@@ -401,7 +401,56 @@ def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_unknown_names_list_the_choices() -> None:
-    with pytest.raises(EngineError, match="float16.*float32 or bfloat16"):
+    with pytest.raises(EngineError, match=r"float16.*float32 or bfloat16"):
         choices.choose_dtype("float16", CPU)
-    with pytest.raises(EngineError, match="triton.*reference"):
+    with pytest.raises(EngineError, match=r"triton.*reference"):
         choices.choose_kernels("triton")
+
+
+FULL = LayerConfig(kind="full", head_dim=16, kv_heads=2, rope_theta=1e6, rope_partial=0.25)
+SLIDING = LayerConfig(kind="sliding", head_dim=8, kv_heads=4, rope_theta=1e4, rope_partial=1.0)
+SIZES = ModelConfig(
+    vocab_size=V,
+    hidden_size=8,
+    canvas_length=C,
+    max_positions=65_536,
+    sliding_window=64,
+    num_heads=4,
+    rms_norm_eps=1e-6,
+    final_softcap=30.0,
+    intermediate_size=8,
+    moe_intermediate_size=8,
+    num_experts=2,
+    top_k_experts=1,
+    layers=(SLIDING, FULL, SLIDING, FULL),
+)
+POSITION_BYTES = 2 * (2 * 2 * 16) * 4  # two full layers, keys and values, float32
+
+
+@pytest.mark.parametrize(("free", "context"), [(2**40, 65_536), (65_536, 65_536), (65_535, 32_768), (1024, 1024)])
+def test_context_is_sized_to_memory(free: int, context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "free_memory", lambda device: free * POSITION_BYTES)
+    assert choices.choose_context(None, SIZES, CPU, torch.float32) == context
+    assert choices.choose_context(777, SIZES, CPU, torch.float32) == 777
+
+
+def test_no_room_for_any_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "free_memory", lambda device: 1000 * POSITION_BYTES)
+    with pytest.raises(EngineError, match="not enough for 1024 positions"):
+        choices.choose_context(None, SIZES, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("asked", [1, 0, -5, 65_537])
+def test_context_out_of_range(asked: int) -> None:
+    with pytest.raises(EngineError, match=r"context .* outside 2\.\.65536"):
+        choices.choose_context(asked, SIZES, CPU, torch.float32)
+
+
+def test_free_memory_of_this_host() -> None:
+    assert 2**26 < choices.free_memory(CPU) < 2**50
+
+
+@pytest.mark.parametrize("field", [{"max_waiting": -1}, {"commit_chunk": 0}])
+def test_bounds_are_checked_before_loading(field: dict[str, int]) -> None:
+    with pytest.raises(EngineError, match=next(iter(field))):
+        DiffusionEngine.from_options(EngineOptions(model="no such folder", **field))  # type: ignore[arg-type]

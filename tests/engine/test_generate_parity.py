@@ -6,6 +6,7 @@ numbers, so that the two loops must agree in every acceptance, every draw, every
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def transformers_reply(
         patch.setattr(model, "_finalize_canvas", close_canvas)
         patch.setattr(EntropyBoundSampler, "initialize_canvas", random_ids)
         patch.setattr(torch, "multinomial", multinomial)
+        patch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)  # would import the compiler
         model.generate(torch.tensor([prompt]), max_new_tokens=max_tokens)
     return canvases, passes
 
@@ -206,21 +208,85 @@ def random_model(shape: dict[str, Any], seed: int) -> Any:
     return model
 
 
+def random_prompt(shape: dict[str, Any], seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = torch.randint(2, 90, (shape["prompt"] + seed,), generator=generator).tolist()
+    return ids
+
+
+def load(folder: Path, **options: Any) -> DiffusionEngine:
+    return DiffusionEngine.from_options(
+        EngineOptions(model=str(folder), device="cpu", dtype="float32", progress=False, **options)
+    )
+
+
 @pytest.mark.parametrize("number", range(len(SHAPES)))
 def test_random_checkpoints(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shape = SHAPES[number]
     model = random_model(shape, seed=number)
     model.save_pretrained(tmp_path)
-    options = EngineOptions(model=str(tmp_path), device="cpu", dtype="float32", commit_chunk=7, progress=False)
-    subject = DiffusionEngine.from_options(options)
+    subject = load(tmp_path, commit_chunk=7)
     passes = []
     for seed in range(6):
-        generator = torch.Generator().manual_seed(seed)
-        prompt = torch.randint(2, 90, (shape["prompt"] + seed,), generator=generator).tolist()
-        passes.append(assert_same_reply(subject, model, prompt, seed, 4, monkeypatch))
+        passes.append(assert_same_reply(subject, model, random_prompt(shape, seed), seed, 4, monkeypatch))
     subject.close()
     assert sum(len(reply) >= 3 for reply in passes) >= 3, "most replies must run over several canvases"
     assert len({steps for reply in passes for steps in reply}) >= 3, "canvases must stop at different passes"
+
+
+def test_a_reply_is_the_same_alone_and_behind_others(tmp_path: Path) -> None:
+    random_model(SHAPES[0], seed=0).save_pretrained(tmp_path)
+    subject = load(tmp_path)
+    requests = [
+        GenerationRequest(
+            id=str(seed),
+            prompt_ids=tuple(random_prompt(SHAPES[0], seed)),
+            max_tokens=20,
+            sampling=Sampling(seed=seed, temperature=0.9, top_k=50, top_p=0.95),
+        )
+        for seed in range(4)
+    ]
+
+    def run(batch: list[GenerationRequest]) -> dict[str, list[CanvasDone | Finished]]:
+        replies: dict[str, list[CanvasDone | Finished]] = {request.id: [] for request in batch}
+        for request in batch:
+            subject.submit(request)
+        while subject.has_work:
+            for event in subject.step():
+                replies[event.request_id].append(event)
+        return replies
+
+    together = run(requests)
+    for request in reversed(requests):
+        assert run([request])[request.id] == together[request.id]
+    assert len({str(reply[0]) for reply in together.values()}) == len(requests)
+
+
+def test_the_last_canvas_may_reach_beyond_the_context(tmp_path: Path) -> None:
+    """Context 20, prompt 10, canvas 8: two ids of the second canvas fit, and nothing beyond is stored."""
+    random_model(SHAPES[0], seed=0).save_pretrained(tmp_path)
+    prompt = random_prompt(SHAPES[0], 5)
+    roomy, _ = easel_reply(load(tmp_path), prompt, seed=1, max_tokens=16)
+    tight, finished = easel_reply(load(tmp_path, context_length=20), prompt, seed=1, max_tokens=100)
+    assert [canvas.token_ids for canvas in tight] == [roomy[0].token_ids, roomy[1].token_ids[:2]]
+    assert (finished.reason, finished.usage.completion_tokens, finished.error) == ("length", 10, None)
+
+
+def test_what_from_options_reports(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = random_model(SHAPES[0], seed=0)
+    model.save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO, logger="engine"):
+        info = DiffusionEngine.from_options(
+            EngineOptions(model=str(tmp_path), device="cpu", dtype="bfloat16", context_length=100, progress=False)
+        ).info
+    assert (info.canvas_length, info.context_length, info.vocab_size) == (8, 100, 301)
+    assert (info.device, info.dtype, info.format, info.kernels) == ("cpu", "bfloat16", "fp32", "reference")
+    assert info.eos_ids == {1}
+    assert info.weight_bytes == 2 * info.parameters
+    assert info.kv_bytes > 100 * 2 * 16 * 2
+    assert info.load_seconds > 0
+    assert len(caplog.messages) == 1, "one line says what was chosen"
+    assert all(word in caplog.messages[0] for word in (str(tmp_path), "bfloat16", "cpu", "reference", "100"))
 
 
 # The bundled demo checkpoint: prompts of every kind it knows, and some it does not.
@@ -248,8 +314,7 @@ CANVASES = 3
 def test_demo_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(DEMO, dtype=torch.float32).eval()
-    options = EngineOptions(model=str(DEMO), device="cpu", dtype="float32", commit_chunk=48, progress=False)
-    subject = DiffusionEngine.from_options(options)
+    subject = load(DEMO, commit_chunk=48)
     cases = [(text, 100) for text in OTHERS] + [(text, seed) for text in STORIES for seed in (1, 2)]
     passes = []
     for text, seed in cases:
