@@ -39,11 +39,16 @@ class RowStats:
 
 
 def row_statistics(scaled: Tensor) -> RowStats:
-    """Argmax, entropy and probabilities of `scaled`, float32 [C, V]."""
-    log_probabilities = scaled.log_softmax(dim=-1)
-    probabilities = log_probabilities.exp()
-    entropy = -log_probabilities.mul_(probabilities).sum(dim=-1)  # in place: one [C, V] buffer less
-    return RowStats(best=scaled.argmax(dim=-1), entropy=entropy, probabilities=probabilities)
+    """Argmax, entropy and probabilities of `scaled`, float32 [C, V].
+
+    With g the gap of a logit to its row's best, H = sum(p * g) - log(p of the best): one exponential a logit, and a
+    sum of terms that are never negative, so nothing cancels.
+    """
+    probabilities = scaled.softmax(dim=-1)
+    best = scaled.argmax(dim=-1, keepdim=True)
+    gap = scaled.gather(-1, best) - scaled
+    entropy = gap.mul_(probabilities).sum(dim=-1) - probabilities.gather(-1, best)[:, 0].log()
+    return RowStats(best=best[:, 0], entropy=entropy, probabilities=probabilities)
 
 
 def accept(entropy: Tensor, bound: float) -> Tensor:
@@ -75,18 +80,32 @@ def draw(scaled: Tensor, stats: RowStats, uniforms: Tensor, sampling: Sampling) 
 
 def keep_top_k(probabilities: Tensor, k: int) -> Tensor:
     """Zero all but the k largest of each row [C, V]; ids tied with the k-th stay. Rows need not sum to 1 afterwards."""
-    threshold = probabilities.topk(k, dim=-1).values[..., -1:]
-    return probabilities.where(probabilities >= threshold, 0.0)
+    return keep_from(probabilities, probabilities.topk(k, dim=-1).values[..., -1:])
 
 
 def keep_top_p(probabilities: Tensor, p: float) -> Tensor:
-    """Zero all but the smallest set of each row [C, V] that holds share `p` of its mass; ties with its last id stay."""
-    descending = probabilities.sort(dim=-1, descending=True).values
-    cumulative = descending.cumsum(dim=-1)
-    kept = cumulative - descending < p * cumulative[..., -1:]
-    kept[..., 0] = True  # p = 0 means the best id alone
-    threshold = descending.where(kept, torch.inf).amin(dim=-1, keepdim=True)
-    return probabilities.where(probabilities >= threshold, 0.0)
+    """Zero all but the smallest set of each row [C, V] that holds share `p` of its mass; ties with its last id stay.
+
+    An id stays if the ids likelier than it hold less than that share. The least probability that stays is found by
+    bisection over its bits (non-negative floats sort like their bits): five times cheaper than sorting the rows.
+    """
+    enough = p * probabilities.sum(dim=-1, keepdim=True)
+    high = probabilities.amax(dim=-1, keepdim=True).view(torch.int32)  # the best id always stays, also for p = 0
+    low = torch.zeros_like(high)
+    likelier = torch.empty_like(probabilities)
+    for _ in range(30):  # probabilities are at most 1, whose bits are below 2**30
+        middle = (low + high) >> 1
+        torch.gt(probabilities, middle.view(torch.float32), out=likelier)
+        stays = likelier.mul_(probabilities).sum(dim=-1, keepdim=True) < enough
+        low, high = torch.where(stays, low, middle + 1), torch.where(stays, middle, high)
+    return keep_from(probabilities, high.view(torch.float32))
+
+
+def keep_from(probabilities: Tensor, least: Tensor) -> Tensor:
+    """Zero what is below `least` [C, 1] in each row [C, V]. A mask of floats, because `where` is slow on a CPU."""
+    mask = torch.empty_like(probabilities)
+    torch.ge(probabilities, least, out=mask)
+    return mask.mul_(probabilities)
 
 
 def inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
