@@ -1,0 +1,229 @@
+"""The model against transformers' DiffusionGemmaForBlockDiffusion, and the model against itself."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
+
+from engine.kv_cache import KVCache
+from engine.model.gemma4 import DiffusionGemma
+from tests.engine.small_models import CPU, load_model, random_ids, random_model, save, small_config
+
+WINDOW = 12  # of small_config
+TEMPERATURE = 0.7
+
+
+class Oracle:
+    """transformers' model and its cache behind our two operations."""
+
+    def __init__(self, model: DiffusionGemmaForBlockDiffusion) -> None:
+        self.model = model
+        self.cache = DynamicCache(config=model.config.get_text_config())
+
+    def commit(self, ids: Tensor) -> None:
+        with torch.inference_mode():
+            self.model.model.encoder(input_ids=ids[None], past_key_values=self.cache)
+
+    def denoise(self, canvas: Tensor, previous: Tensor | None) -> Tensor:
+        """`previous`: logits of the last step divided by the temperature."""
+        if previous is not None:
+            previous = previous.to(self.model.dtype)[None]
+        with torch.inference_mode():
+            out = self.model(
+                past_key_values=self.cache, decoder_input_ids=canvas[None], self_conditioning_logits=previous
+            )
+        return out.logits[0]
+
+
+@dataclass
+class Pair:
+    """The logits of both for the same inputs."""
+
+    ours: list[Tensor]
+    theirs: list[Tensor]
+
+    @property
+    def worst(self) -> float:
+        return max((a - b).abs().max().item() for a, b in zip(self.ours, self.theirs, strict=True))
+
+    @property
+    def relative(self) -> float:
+        return max(((a - b).norm() / b.norm()).item() for a, b in zip(self.ours, self.theirs, strict=True))
+
+
+def run_both(model: DiffusionGemma, oracle: Oracle, prefix: int, *, canvases: int = 3, chunk: int = 7) -> Pair:
+    """Commit a prefix, then denoise `canvases` in two steps each (self-conditioned in the second), committing each.
+
+    Both sides get the same ids and, as self-conditioning, the oracle's logits.
+    """
+    config, device = model.config, model.device
+    cache = KVCache(config, 256, device, model.dtype, chunk=chunk)
+    ids = random_ids(prefix, config.vocab_size, 1, device)
+    oracle.commit(ids)
+    model.commit(ids, cache)
+    pair = Pair([], [])
+    for index in range(canvases):
+        previous = None
+        for step in range(2):
+            canvas = random_ids(config.canvas_length, config.vocab_size, 10 * index + step + 2, device)
+            soft = None if previous is None else model.soft_embedding(previous[None])
+            pair.theirs.append(oracle.denoise(canvas, previous))
+            pair.ours.append(model.denoise(canvas[None], soft, [cache])[0])
+            previous = pair.theirs[-1] / TEMPERATURE
+        oracle.commit(canvas)
+        model.commit(canvas, cache)
+    assert all(logits.dtype == torch.float32 for logits in pair.ours)
+    return pair
+
+
+@pytest.fixture(scope="module")
+def theirs(small_checkpoint: Path) -> DiffusionGemmaForBlockDiffusion:
+    return DiffusionGemmaForBlockDiffusion.from_pretrained(small_checkpoint).eval()
+
+
+@pytest.fixture(scope="module")
+def model(small_checkpoint: Path) -> DiffusionGemma:
+    return load_model(small_checkpoint)
+
+
+@pytest.mark.parametrize("prefix", [1, 5, WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW + 5])
+def test_logits_equal_transformers(small_checkpoint: Path, device: torch.device, prefix: int) -> None:
+    oracle = Oracle(DiffusionGemmaForBlockDiffusion.from_pretrained(small_checkpoint).eval().to(device))
+    pair = run_both(load_model(small_checkpoint, device), oracle, prefix)
+    assert pair.worst <= 1e-4
+    assert pair.theirs[0].std() > 0.5, "the logits must not be trivial"
+
+
+def test_the_comparison_sees_swapped_layer_scalars(
+    small_checkpoint: Path, theirs: DiffusionGemmaForBlockDiffusion
+) -> None:
+    broken = load_model(small_checkpoint)
+    layer = broken._layers[0]
+    layer.commit_scalar, layer.denoise_scalar = layer.denoise_scalar, layer.commit_scalar
+    assert run_both(broken, Oracle(theirs), 20).worst > 1e-2
+
+
+@pytest.mark.parametrize("prefix", [WINDOW - 2, 3 * WINDOW])
+def test_bfloat16_is_near_transformers(small_checkpoint: Path, device: torch.device, prefix: int) -> None:
+    model = load_model(small_checkpoint, device, torch.bfloat16)
+    theirs = DiffusionGemmaForBlockDiffusion.from_pretrained(small_checkpoint, dtype=torch.bfloat16).eval().to(device)
+    assert run_both(model, Oracle(theirs), prefix).relative <= 2e-2
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> dict[str, Any]:
+    """Keyword arguments of small_config."""
+    kinds = ["sliding", *draw(st.lists(st.sampled_from(["sliding", "full"]), max_size=2)), "full"]
+    heads = draw(st.sampled_from([2, 4]))
+    experts = draw(st.integers(2, 9))
+    return {
+        "kinds": kinds,
+        "num_attention_heads": heads,
+        "num_key_value_heads": draw(st.sampled_from([1, heads // 2, heads])),
+        "full_kv_heads": draw(st.sampled_from([1, heads])),
+        "head_dim": draw(st.sampled_from([8, 16])),
+        "full_head_dim": draw(st.sampled_from([8, 16, 32])),
+        "hidden_size": draw(st.sampled_from([16, 40])),
+        "canvas_length": draw(st.integers(1, 9)),
+        "sliding_window": draw(st.integers(2, 20)),
+        "num_experts": experts,
+        "top_k_experts": draw(st.integers(1, min(experts, 4))),
+        "final_logit_softcapping": draw(st.sampled_from([30.0, 5.0])),
+    }
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(keys=configs(), prefix=st.integers(1, 45), chunk=st.integers(1, 30), seed=st.integers(0, 99))
+def test_logits_equal_transformers_for_any_config(keys: dict[str, Any], prefix: int, chunk: int, seed: int) -> None:
+    theirs = random_model(small_config(**keys), seed)
+    with tempfile.TemporaryDirectory() as folder:
+        model = load_model(save(theirs, Path(folder)))
+    assert run_both(model, Oracle(theirs), prefix, canvases=2, chunk=chunk).worst <= 1e-4
+
+
+@pytest.mark.parametrize("splits", [[45], [1] * 45, [3, 12, 30], [44, 1]])
+def test_commit_in_chunks_equals_commit_at_once(model: DiffusionGemma, splits: list[int]) -> None:
+    ids = random_ids(45, model.config.vocab_size, 3)
+    canvas = random_ids(model.config.canvas_length, model.config.vocab_size, 4)[None]
+    whole, parts = (KVCache(model.config, 64, CPU, torch.float32, chunk=chunk) for chunk in (64, 9))
+    model.commit(ids, whole)
+    for part in ids.split(splits):
+        model.commit(part, parts)
+    assert parts.length == whole.length == 45
+    expected = model.denoise(canvas, None, [whole])
+    torch.testing.assert_close(model.denoise(canvas, None, [parts]), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_committing_a_canvas_then_going_on_equals_prefilling_the_joined_text(model: DiffusionGemma) -> None:
+    ids = random_ids(50, model.config.vocab_size, 5)
+    length = model.config.canvas_length
+    stepwise, joined = (KVCache(model.config, 64, CPU, torch.float32, chunk=16) for _ in range(2))
+    model.commit(ids[:20], stepwise)
+    for start in (20, 20 + length):
+        final = ids[start : start + length]
+        model.denoise(final[None], None, [stepwise])
+        model.commit(final, stepwise)
+    model.commit(ids[: 20 + 2 * length], joined)
+    canvas = random_ids(length, model.config.vocab_size, 6)[None]
+    a, b = model.denoise(canvas, None, [stepwise]), model.denoise(canvas, None, [joined])
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_denoise_leaves_the_cache_as_it_was(model: DiffusionGemma) -> None:
+    cache = KVCache(model.config, 32, CPU, torch.float32)
+    layers = range(len(model.config.layers))
+    model.commit(random_ids(20, model.config.vocab_size, 7), cache)
+    before = [tensor.clone() for layer in layers for tensor in cache.prefix(layer)]
+    model.denoise(random_ids(model.config.canvas_length, model.config.vocab_size, 8)[None], None, [cache])
+    after = [tensor for layer in layers for tensor in cache.prefix(layer)]
+    assert cache.length == 20
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_a_slot_does_not_depend_on_its_neighbours(small_checkpoint: Path, device: torch.device) -> None:
+    """To 1e-5, not to the bit: matmuls of more rows may sum in another order."""
+    model = load_model(small_checkpoint, device)
+    config, length = model.config, model.config.canvas_length
+    caches, canvases = [], []
+    for slot, prefix in enumerate((5, 30, 0, 12)):
+        caches.append(KVCache(config, 64, device, torch.float32))
+        model.commit(random_ids(prefix, config.vocab_size, slot, device), caches[-1])
+        canvases.append(random_ids(length, config.vocab_size, 20 + slot, device))
+    canvas = torch.stack(canvases)
+    soft = model.soft_embedding(model.denoise(canvas, None, caches) / TEMPERATURE)
+    together = model.denoise(canvas, soft, caches)
+    for slot, cache in enumerate(caches):
+        alone = model.denoise(canvas[slot : slot + 1], soft[slot : slot + 1], [cache])
+        torch.testing.assert_close(together[slot], alone[0], atol=1e-5, rtol=1e-5)
+
+
+def test_zero_self_conditioning_is_the_first_step(model: DiffusionGemma) -> None:
+    cache = KVCache(model.config, 32, CPU, torch.float32)
+    model.commit(random_ids(9, model.config.vocab_size, 9), cache)
+    canvas = random_ids(model.config.canvas_length, model.config.vocab_size, 10)[None]
+    zeros = torch.zeros(1, model.config.canvas_length, model.config.hidden_size)
+    torch.testing.assert_close(model.denoise(canvas, zeros, [cache]), model.denoise(canvas, None, [cache]))
+
+
+def test_commit_beyond_the_capacity_is_refused_before_anything_is_written(model: DiffusionGemma) -> None:
+    cache = KVCache(model.config, 16, CPU, torch.float32, chunk=4)
+    model.commit(random_ids(10, model.config.vocab_size, 11), cache)
+    with pytest.raises(ValueError, match="capacity of 16"):
+        model.commit(random_ids(7, model.config.vocab_size, 12), cache)
+    assert cache.length == 10
+
+
+def test_the_model_counts_its_weights(model: DiffusionGemma, theirs: DiffusionGemmaForBlockDiffusion) -> None:
+    decoder = sum(weight.numel() for weight in theirs.model.decoder.parameters())
+    scalars = 2 * len(model.config.layers)  # buffers there
+    assert model.parameters == decoder + scalars
+    assert model.weight_bytes == 4 * model.parameters

@@ -1,0 +1,172 @@
+"""Each reference op against a slow one written from its formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from engine.kernels import reference as ops
+from engine.model.layers import RopeTable
+
+CPU = torch.device("cpu")
+EPS = 1e-6
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rms_norm(dtype: torch.dtype) -> None:
+    x, weight = (3 * randn(5, 16)).to(dtype), randn(16, seed=1)
+    expected = x.float() / (x.float().pow(2).mean(-1, keepdim=True) + EPS).sqrt()
+    torch.testing.assert_close(ops.rms_norm(x, weight, EPS), (expected * weight).to(dtype))
+    torch.testing.assert_close(ops.rms_norm(x, None, EPS), expected.to(dtype))
+
+
+@pytest.mark.parametrize(("theta", "partial"), [(1e4, 1.0), (1e6, 0.25)])
+def test_rope_rotates_pairs_by_their_position_times_frequency(theta: float, partial: float) -> None:
+    dim, half = 16, 8
+    x = randn(3, 2, dim)
+    cos, sin = RopeTable(dim, theta, partial, CPU, torch.float32).rows(40, 3)
+    out = ops.rope(x, cos, sin)
+    for row in range(3):
+        for pair in range(half):
+            angle = (40 + row) * theta ** (-2 * pair / dim) if pair < partial * half else 0.0
+            a, b = x[row, :, pair], x[row, :, pair + half]
+            rotated = a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
+            torch.testing.assert_close(out[row, :, pair], rotated[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(out[row, :, pair + half], rotated[1], atol=1e-4, rtol=1e-4)
+
+
+def test_rope_table_grows_without_changing() -> None:
+    table = RopeTable(8, 1e4, 1.0, CPU, torch.float32)
+    early = [tensor.clone() for tensor in table.rows(3, 5)]
+    table.rows(5000, 100)
+    assert all(torch.equal(a, b) for a, b in zip(table.rows(3, 5), early, strict=True))
+
+
+@pytest.mark.parametrize("separate_values", [True, False])
+def test_qkv_norm_rope(separate_values: bool) -> None:
+    heads, kv, dim, rows = 4, 2, 8, 3
+    projected = randn(rows, heads + (2 if separate_values else 1) * kv, dim)
+    q_weight, k_weight = randn(dim, seed=1), randn(dim, seed=2)
+    cos, sin = RopeTable(dim, 1e4, 1.0, CPU, torch.float32).rows(7, rows)
+    weight = torch.cat((q_weight.expand(heads, -1), k_weight.expand(kv, -1)))
+    queries, keys, values = ops.qkv_norm_rope(projected, weight, cos, sin, kv, EPS)
+    raw_keys = projected[:, heads : heads + kv]
+    raw_values = projected[:, heads + kv :] if separate_values else raw_keys
+    torch.testing.assert_close(queries, ops.rope(ops.rms_norm(projected[:, :heads], q_weight, EPS), cos, sin))
+    torch.testing.assert_close(keys, ops.rope(ops.rms_norm(raw_keys, k_weight, EPS), cos, sin))
+    torch.testing.assert_close(values, ops.rms_norm(raw_values, None, EPS))
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """One query [D] over keys, values [L, D]."""
+    return (keys @ query).softmax(0) @ values
+
+
+@pytest.mark.parametrize(("window", "prefix"), [(None, 5), (None, 0), (4, 3), (4, 0), (2, 1)])
+def test_attention_commit(window: int | None, prefix: int) -> None:
+    count, heads, kv, dim = 6, 4, 2, 8
+    queries = randn(count, heads, dim)
+    keys, values = randn(kv, prefix + count, dim, seed=1), randn(kv, prefix + count, dim, seed=2)
+    out = ops.attention_commit(queries, keys, values, window).view(count, heads, dim)
+    for row in range(count):
+        end = prefix + row + 1
+        start = 0 if window is None else max(0, end - window)
+        for head in range(heads):
+            group = head // (heads // kv)
+            expected = attend(queries[row, head], keys[group, start:end], values[group, start:end])
+            torch.testing.assert_close(out[row, head], expected)
+
+
+def test_attention_denoise() -> None:
+    length, heads, kv, dim = 5, 6, 2, 8
+    queries = randn(2, length, heads, dim)
+    keys, values = randn(2, length, kv, dim, seed=1), randn(2, length, kv, dim, seed=2)
+    prefixes = [(randn(kv, size, dim, seed=3), randn(kv, size, dim, seed=4)) for size in (0, 7)]
+    out = ops.attention_denoise(queries, keys, values, prefixes).view(2, length, heads, dim)
+    for slot, (prefix_keys, prefix_values) in enumerate(prefixes):
+        for head in range(heads):
+            group = head // (heads // kv)
+            seen_keys = torch.cat((prefix_keys[group], keys[slot, :, group]))
+            seen_values = torch.cat((prefix_values[group], values[slot, :, group]))
+            for row in range(length):
+                expected = attend(queries[slot, row, head], seen_keys, seen_values)
+                torch.testing.assert_close(out[slot, row, head], expected)
+
+
+def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return (F.gelu(x @ gate.T, approximate="tanh") * (x @ up.T)) @ down.T
+
+
+def test_gated_mlp_takes_the_gate_rows_first() -> None:
+    x, gate, up, down = randn(4, 8), randn(6, 8, seed=1), randn(6, 8, seed=2), randn(8, 6, seed=3)
+    torch.testing.assert_close(ops.gated_mlp(x, torch.cat((gate, up)), down), mlp(x, gate, up, down))
+
+
+def test_route() -> None:
+    x, norm, projection, scale = randn(9, 16), randn(16, seed=1), randn(6, 16, seed=2), randn(6, seed=3)
+    weights, chosen = ops.route(x, norm, projection, scale, 2, EPS)
+    probabilities = (ops.rms_norm(x, norm, EPS) @ projection.T).softmax(-1)
+    for row in range(9):
+        best = probabilities[row].argsort(descending=True)[:2]
+        assert chosen[row].tolist() == best.tolist()
+        expected = probabilities[row, best] / probabilities[row, best].sum() * scale[best]
+        torch.testing.assert_close(weights[row], expected)
+
+
+def test_route_computes_probabilities_in_float32() -> None:
+    x, projection = randn(4, 16).bfloat16(), randn(6, 16, seed=2).bfloat16()
+    weights, _ = ops.route(x, torch.ones(16), projection, torch.ones(6), 3, EPS)
+    assert weights.dtype == torch.float32
+    torch.testing.assert_close(weights.sum(-1), torch.ones(4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 13])
+def test_experts(dtype: torch.dtype, rows: int) -> None:
+    count, active, hidden, width = 7, 3, 8, 4
+    x = randn(rows, hidden).to(dtype)
+    gate_up, down = randn(count, 2 * width, hidden, seed=1).to(dtype), randn(count, hidden, width, seed=2).to(dtype)
+    # the last expert gets no row
+    chosen = torch.stack([randn(count - 1, seed=row).argsort()[:active] for row in range(rows)])
+    weights = randn(rows, active, seed=4)
+    expected = torch.zeros(rows, hidden)
+    for row in range(rows):
+        for weight, expert in zip(weights[row], chosen[row].tolist(), strict=True):
+            gate, up = gate_up[expert].float().chunk(2)
+            expected[row] += weight * mlp(x[row].float(), gate, up, down[expert].float())
+    out = ops.experts(x, weights, chosen, gate_up, down)
+    assert out.dtype == dtype
+    error = (out.float() - expected).norm() / expected.norm()
+    assert error <= (1e-5 if dtype == torch.float32 else 1e-2)
+
+
+def test_an_expert_without_rows_is_not_touched() -> None:
+    gate_up, down = torch.full((3, 4, 4), math.nan), torch.full((3, 4, 2), math.nan)
+    gate_up[1], down[1] = 1.0, 1.0
+    out = ops.experts(randn(5, 4), torch.ones(5, 1), torch.ones(5, 1, dtype=torch.int64), gate_up, down)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_softcapped_in_float32(dtype: torch.dtype) -> None:
+    x, embedding = (20 * randn(3, 8)).to(dtype), randn(11, 8, seed=1).to(dtype)
+    out = ops.logits(x, embedding, 5.0)
+    assert out.abs().max() <= 5.0
+    torch.testing.assert_close(out, 5.0 * ((x @ embedding.T).float() / 5.0).tanh())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_soft_embedding(dtype: torch.dtype) -> None:
+    logits, embedding = randn(2, 3, 11), randn(11, 8, seed=1).to(dtype)
+    out = ops.soft_embedding(logits, embedding, 2.0)
+    assert out.dtype == dtype
+    expected = logits.softmax(-1) @ embedding.float() * 2.0
+    assert (out.float() - expected).norm() / expected.norm() <= (1e-5 if dtype == torch.float32 else 1e-2)
