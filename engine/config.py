@@ -89,7 +89,7 @@ def load_generation_defaults(folder: Path) -> GenerationDefaults:
     if not isinstance(sampler, dict) or sampler.get("_cls_name") != "EntropyBoundSamplerConfig":
         raise CheckpointError(f"{path}: sampler_config must be an EntropyBoundSamplerConfig, not {sampler!r}")
     eos = raw.get("eos_token_id")
-    eos_ids = eos if isinstance(eos, list) else [eos]
+    eos_ids: list[Any] = eos if isinstance(eos, list) else [eos]
     if not eos_ids or not all(type(token_id) is int for token_id in eos_ids):
         raise CheckpointError(f"{path}: eos_token_id must be an id or a list of ids, not {eos!r}")
     defaults = GenerationDefaults(

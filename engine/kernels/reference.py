@@ -42,8 +42,8 @@ def qkv_norm_rope(
     count = qk_weight.shape[0]
     normed = F.rms_norm(heads.float(), (head_dim,), None, eps)
     rotated = rope((normed[:, :count] * qk_weight).to(heads.dtype), cos, sin)
-    queries, keys = rotated.split((count - kv_heads, kv_heads), dim=1)
-    return queries, keys, normed[:, -kv_heads:].to(heads.dtype)  # the last K heads are v, or the raw k
+    values = normed[:, -kv_heads:].to(heads.dtype)  # the last K heads are v, or the raw k
+    return rotated[:, : count - kv_heads], rotated[:, count - kv_heads :], values
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class DiffusionGemma:
         rope = self._canvas_rope(length, caches)
         x = self._self_condition(self._embed(canvas), soft).view(slots * length, -1)  # [S * C, M]
         for index, (layer, table) in enumerate(zip(self._layers, self._tables, strict=True)):
-            queries, keys, values = (rows.unflatten(0, (slots, length)) for rows in layer.project(x, *rope[table]))
+            queries, keys, values = (_by_slot(rows, slots) for rows in layer.project(x, *rope[table]))
             prefixes = [cache.prefix(index) for cache in caches]
             attended = self._ops.attention_denoise(queries, keys, values, prefixes)  # [S, C, H * D]
             x = layer.finish(x, attended.view(slots * length, -1), layer.denoise_scalar)
@@ -142,3 +142,8 @@ def _rope_key(layer: LayerConfig) -> tuple[int, float, float]:
 
 def _under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+def _by_slot(rows: Tensor, slots: int) -> Tensor:
+    """[S * C, N, D] -> [S, C, N, D]."""
+    return rows.reshape(slots, -1, *rows.shape[1:])

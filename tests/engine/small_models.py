@@ -98,7 +98,9 @@ def random_model(config: DiffusionGemmaConfig, seed: int = 0) -> DiffusionGemmaF
             if name.endswith(("inv_freq", "embed_scale")):
                 continue  # derived from the config
             noise = torch.randn(weight.shape, generator=generator)
-            if "scalar" in name or "scale" in name or "norm" in name:
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                weight.copy_(0.5 + 0.1 * noise)  # as in trained models: attention of scale 1 would be a hard choice
+            elif "scalar" in name or "scale" in name or "norm" in name:
                 weight.copy_(1 + 0.25 * noise)
             elif "embed_tokens" in name:
                 weight.copy_(0.3 * noise)
