@@ -1,0 +1,281 @@
+"""The engine: requests in, events out, one unit of work a step. `DiffusionEngine.step` is the table of contents.
+
+Joins the parts that know more than one thing each must not: the scheduler (no tensors), the denoiser (no requests)
+and the model with one KV cache a slot. Knows no text, no HTTP, no threads.
+
+Invariant: what goes wrong for one request ends that request with Finished("error") and the others go on; only a
+failure of the device itself leaves `step`.
+
+The last canvas of a context may lie partly beyond it. Its ids there are denoised like the others, at their ordinary
+positions, but are neither delivered nor committed, so no memory is needed for them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.checkpoint import load_checkpoint
+from engine.config import GenerationDefaults
+from engine.denoise import Canvas, DenoiseModel, Denoiser
+from engine.interface import (
+    EngineError,
+    EngineInfo,
+    EngineOptions,
+    Event,
+    GenerationRequest,
+)
+from engine.kv_cache import KVCache
+from engine.model.gemma4 import DiffusionGemma
+from engine.options import OP_SETS, check_options, choose_context, choose_device, choose_dtype, choose_kernels
+from engine.scheduler import CommitChunk, Scheduler, Slot
+
+logger = logging.getLogger(__name__)
+
+SLOTS = 1  # requests served at a time
+
+
+class Model(DenoiseModel, Protocol):
+    """What the engine needs of the model: the denoiser's two operations and the commit pass."""
+
+    def commit(self, ids: Tensor, cache: KVCache) -> None: ...
+
+
+@dataclass
+class Seat:
+    """The tensors of one slot: its committed prefix and the canvas being denoised, if one is open."""
+
+    cache: KVCache
+    canvas: Canvas | None = None
+
+    def clear(self) -> None:
+        self.cache.reset()
+        self.canvas = None
+
+
+class DiffusionEngine:
+    """One loaded model and the requests it serves. Not thread-safe."""
+
+    def __init__(
+        self,
+        model: Model,
+        caches: Sequence[KVCache],
+        schedule: GenerationDefaults,
+        info: EngineInfo,
+        *,
+        max_waiting: int,
+        commit_chunk: int,
+    ) -> None:
+        """One slot for each cache, which must hold `info.context_length` positions."""
+        self._info = info
+        self._device = torch.device(info.device)
+        self._model = model
+        self._seats = tuple(Seat(cache) for cache in caches)
+        self._denoiser = Denoiser(
+            model, schedule, canvas_length=info.canvas_length, vocab_size=info.vocab_size, device=self._device
+        )
+        self._scheduler = Scheduler(
+            slots=len(caches),
+            max_waiting=max_waiting,
+            commit_chunk=commit_chunk,
+            context_length=info.context_length,
+            eos_ids=info.eos_ids,
+        )
+        self._closed = False
+
+    @classmethod
+    def from_options(cls, options: EngineOptions) -> DiffusionEngine:
+        """Load a checkpoint. Raises EngineError for an option that cannot be met, CheckpointError for the rest."""
+        started = time.monotonic()
+        check_options(options)
+        device = choose_device(options.device)
+        dtype = choose_dtype(options.dtype, device)
+        kernels = choose_kernels(options.kernels)
+        checkpoint = load_checkpoint(options.model, device, dtype, options.progress)
+        config, schedule = checkpoint.config, checkpoint.generation
+        context = choose_context(options.context_length, config, device, dtype)
+        try:
+            caches = [KVCache(config, context, device, dtype, chunk=options.commit_chunk) for _ in range(SLOTS)]
+        except RuntimeError as error:  # torch's class for a failed allocation differs between devices
+            raise EngineError(f"no memory for a context of {context} positions on {device}: {error}") from error
+        info = EngineInfo(
+            model_path=options.model,
+            canvas_length=config.canvas_length,
+            context_length=context,
+            vocab_size=config.vocab_size,
+            eos_ids=schedule.eos_ids,
+            device=str(device),
+            dtype=str(dtype).removeprefix("torch."),
+            format=checkpoint.format,
+            kernels=kernels,
+            parameters=checkpoint.parameters,
+            weight_bytes=checkpoint.weight_bytes,
+            kv_bytes=sum(cache.bytes for cache in caches),
+            load_seconds=time.monotonic() - started,
+        )
+        logger.info(
+            "%s: %.1f M parameters stored as %s, run in %s on %s with %s kernels; context %d, KV %.1f MiB; %.1f s",
+            info.model_path,
+            info.parameters / 1e6,
+            info.format,
+            info.dtype,
+            info.device,
+            info.kernels,
+            info.context_length,
+            info.kv_bytes / 2**20,
+            info.load_seconds,
+        )
+        return cls(
+            DiffusionGemma(config, checkpoint.tensors, OP_SETS[kernels]),
+            caches,
+            schedule,
+            info,
+            max_waiting=options.max_waiting,
+            commit_chunk=options.commit_chunk,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def has_work(self) -> bool:
+        """True while a submitted request has not finished."""
+        return not self._closed and self._scheduler.has_work
+
+    def submit(self, request: GenerationRequest) -> None:
+        """Queue a request. Raises RequestTooLong, QueueFull, or EngineError for a request that makes no sense."""
+        self._require_open()
+        check_request(request, self._info.vocab_size)
+        self._scheduler.submit(request)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; the next step returns its Finished("cancelled"). Unknown or finished ids are ignored."""
+        if self._closed:
+            return
+        slot = self._scheduler.cancel(request_id)
+        if slot is not None:
+            self._seats[slot].clear()
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Advance by one unit of work and return what happened."""
+        self._require_open()
+        self._scheduler.admit()  # waiting requests take free slots
+        if chunk := self._scheduler.next_commit():  # part of a prompt, or a finished canvas
+            self._commit(chunk)
+        if ready := self._scheduler.ready():  # slots whose prefix is fully committed
+            self._denoise(ready)
+        return self._scheduler.collect()  # first done, first out
+
+    def close(self) -> None:
+        """Free the model's memory. Requests still running are dropped without an event. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        self._seats = ()
+        del self._model, self._denoiser
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _commit(self, chunk: CommitChunk) -> None:
+        """Append one chunk to its slot's prefix."""
+        slot = self._scheduler.slots[chunk.slot]
+        try:
+            ids = torch.tensor(chunk.token_ids, dtype=torch.int64, device=self._device)
+            self._model.commit(ids, self._seats[slot.index].cache)
+        except Exception as error:
+            self._contain(error, [slot])
+
+    def _denoise(self, ready: Sequence[Slot]) -> None:
+        """One pass over the canvases of all `ready` slots, opening those that have none; settle what is done."""
+        try:
+            canvases = [self._open_canvas(slot) for slot in ready]
+            self._denoiser.step(canvases, [self._seats[slot.index].cache for slot in ready])
+        except Exception as error:
+            self._contain(error, ready)
+            return
+        for slot, canvas in zip(ready, canvases, strict=True):
+            self._scheduler.passed(slot, redrawn=canvas.just_redrawn)
+            self._settle(slot, canvas)
+
+    def _open_canvas(self, slot: Slot) -> Canvas:
+        """The slot's canvas; a new one if its last is done."""
+        seat, reply = self._seats[slot.index], slot.reply
+        assert reply is not None, f"slot {slot.index} is ready but empty"
+        if seat.canvas is None:
+            seat.canvas = self._denoiser.open(reply.request.sampling, index=reply.canvases)
+        return seat.canvas
+
+    def _settle(self, slot: Slot, canvas: Canvas) -> None:
+        """Deliver a canvas that is done; end the reply of one that cannot be; leave an open one alone."""
+        if canvas.state == "open":
+            return
+        if canvas.state == "done":
+            assert canvas.best is not None, "a canvas is done only after a pass"
+            self._scheduler.deliver(slot, tuple(canvas.best.tolist()), canvas.steps)
+        elif canvas.state == "unconverged":
+            logger.warning("canvas %d did not converge in %d steps; the reply ends", canvas.index, canvas.steps)
+            self._scheduler.fail(
+                slot,
+                "length",
+                f"canvas {canvas.index} did not converge in {canvas.steps} denoise steps, drawn twice; "
+                "the reply ends before it",
+            )
+        else:
+            logger.error("non-finite logits at canvas %d, step %d", canvas.index, canvas.steps)
+            self._scheduler.fail(
+                slot, "error", f"the model's logits were not finite at canvas {canvas.index}, step {canvas.steps}"
+            )
+        self._vacate(slot)
+
+    def _vacate(self, slot: Slot) -> None:
+        """Forget the slot's canvas, and its prefix too if its request is over."""
+        seat = self._seats[slot.index]
+        seat.canvas = None
+        if slot.reply is None:
+            seat.clear()
+
+    def _contain(self, error: Exception, slots: Sequence[Slot]) -> None:
+        """End the requests in `slots` that `error` hit. A device that failed cannot serve the others: re-raise.
+
+        Running out of memory is not such a failure; torch reports it as another class.
+        """
+        if isinstance(error, torch.AcceleratorError):
+            raise error
+        logger.error("a request failed inside the engine", exc_info=error)
+        for slot in slots:
+            self._scheduler.fail(slot, "error", f"{type(error).__name__}: {error}")
+            self._vacate(slot)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EngineError("the engine is closed")
+
+
+def check_request(request: GenerationRequest, vocab_size: int) -> None:
+    """Raise EngineError, naming the field, for a request that no engine could serve."""
+    sampling = request.sampling
+    problems = {
+        "prompt_ids is empty": not request.prompt_ids,
+        f"prompt_ids has an id outside 0..{vocab_size - 1}": any(
+            not 0 <= token_id < vocab_size for token_id in request.prompt_ids
+        ),
+        f"max_tokens must be at least 1, not {request.max_tokens}": request.max_tokens < 1,
+        f"seed must be in 0..2**64-1, not {sampling.seed}": not 0 <= sampling.seed < 2**64,
+        f"temperature must be 0 or more and finite, not {sampling.temperature}": not (
+            math.isfinite(sampling.temperature) and sampling.temperature >= 0
+        ),
+        f"top_k must be 0 or more, not {sampling.top_k}": sampling.top_k < 0,
+        f"top_p must be in 0..1, not {sampling.top_p}": not 0 <= sampling.top_p <= 1,
+    }
+    for problem, found in problems.items():
+        if found:
+            raise EngineError(problem)

@@ -1,0 +1,100 @@
+"""Turns EngineOptions' "auto" values and names into torch's: chosen once at start-up, never silently changed.
+
+Invariant: a choice that cannot be met is an EngineError that says what could be chosen instead.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from engine.config import ModelConfig
+from engine.interface import EngineError, EngineOptions
+from engine.kernels.reference import REFERENCE
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+OP_SETS = {"reference": REFERENCE}
+CUDA_RESERVE = 2 * 2**30  # bytes left for activations and logits when the context is sized to the memory
+MIN_CONTEXT = 1024  # positions; a model that leaves no room for these does not fit the device
+
+
+def check_options(options: EngineOptions) -> None:
+    """Raise EngineError for a bound that makes no sense."""
+    if options.max_waiting < 0:
+        raise EngineError(f"max_waiting must be 0 or more, not {options.max_waiting}")
+    if options.commit_chunk < 1:
+        raise EngineError(f"commit_chunk must be at least 1, not {options.commit_chunk}")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N`; auto takes the first GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or (number and not number.isdecimal()) or name.endswith(":"):
+        raise EngineError(f"unknown device {name!r}; choose auto, cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise EngineError(
+            f"device {name!r} was asked for, but torch {torch.__version__} finds no usable NVIDIA GPU; "
+            "check the driver and that torch was built for CUDA, or choose device cpu"
+        )
+    index = int(number or 0)
+    if index >= torch.cuda.device_count():
+        raise EngineError(f"device {name!r} was asked for, but there are only {torch.cuda.device_count()} GPUs")
+    return torch.device("cuda", index)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto`, `float32` or `bfloat16`; auto is float32 on a CPU, bfloat16 on a GPU."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise EngineError(f"unknown dtype {name!r}; choose auto, {' or '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def choose_kernels(name: str) -> str:
+    """`auto` or the name of an op set."""
+    if name == "auto":
+        return "reference"
+    if name not in OP_SETS:
+        raise EngineError(f"unknown kernels {name!r}; choose auto or {' or '.join(OP_SETS)}")
+    return name
+
+
+def choose_context(asked: int | None, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
+    """Positions a prompt and its reply may take together.
+
+    What was asked for, or else the checkpoint's own limit, halved until its KV fits into memory.
+    Only full-attention layers grow with the context, so only they are counted.
+    """
+    if asked is not None:
+        if not 2 <= asked <= config.max_positions:
+            raise EngineError(f"context {asked} is outside 2..{config.max_positions}, the checkpoint's limit")
+        return asked
+    per_position = sum(2 * layer.kv_heads * layer.head_dim for layer in config.layers if layer.kind == "full")
+    budget = free_memory(device)
+    context = config.max_positions
+    while context * per_position * dtype.itemsize > budget:
+        context //= 2
+        if context < min(MIN_CONTEXT, config.max_positions):
+            raise EngineError(
+                f"{budget / 2**30:.1f} GiB of memory are left on {device} for the KV cache: not enough for "
+                f"{MIN_CONTEXT} positions"
+            )
+    return context
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that KV may take: what is free on the GPU less a reserve, or a quarter of the host's memory.
+
+    Not the host's free memory: just after loading it is mostly the page cache, and would make the context
+    depend on what ran before.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return max(0, free - CUDA_RESERVE)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4

@@ -1,0 +1,456 @@
+"""engine.engine with a scripted model, then engine.options; the real model is in test_generate_parity."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import options as choices
+from engine.config import GenerationDefaults, LayerConfig, ModelConfig
+from engine.engine import DiffusionEngine
+from engine.interface import (
+    CanvasDone,
+    EngineError,
+    EngineInfo,
+    EngineOptions,
+    Event,
+    Finished,
+    GenerationRequest,
+    QueueFull,
+    RequestTooLong,
+    Sampling,
+    Usage,
+)
+
+C, V, M = 4, 40, 3
+EOS = 1
+CPU = torch.device("cpu")
+
+
+class ListCache:
+    """A KV cache that keeps the ids themselves."""
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []
+
+    def reset(self) -> None:
+        self.ids.clear()
+
+
+class ScriptedModel:
+    """Deterministic "text": a function of the committed ids decides a canvas, some passes make it sure of it."""
+
+    def __init__(self, choose: Callable[[list[int], Tensor], Tensor] | None = None) -> None:
+        self.choose = choose or self.text
+        self.commits: list[list[int]] = []
+        self.passes = 0
+        self.fail_commit_of: int | None = None
+        self.error: Exception = RuntimeError("kaput")
+
+    def commit(self, ids: Tensor, cache: ListCache) -> None:
+        if self.fail_commit_of in ids.tolist():
+            raise self.error
+        self.commits.append(ids.tolist())
+        cache.ids.extend(ids.tolist())
+
+    def denoise(self, canvas: Tensor, soft: Tensor | None, caches: Sequence[ListCache]) -> Tensor:
+        self.passes += 1
+        assert canvas.shape == (len(caches), C)
+        return torch.stack([self.choose(cache.ids, ids) for cache, ids in zip(caches, canvas, strict=True)])
+
+    def soft_embedding(self, logits: Tensor) -> Tensor:
+        return logits[..., :M]
+
+    @staticmethod
+    def text(committed: list[int], canvas: Tensor) -> Tensor:
+        """Ids that depend on the prefix and on the noise of the first pass, like a model asked to be creative."""
+        generator = torch.Generator().manual_seed(sum(i * t for i, t in enumerate(committed, 1)))
+        logits = torch.randn(C, V, generator=generator).scatter(1, canvas[:, None], 40.0)
+        logits[:, EOS] = -40.0
+        return logits
+
+
+def sure(ids: Sequence[int]) -> Tensor:
+    return torch.zeros(C, V).scatter(1, torch.tensor(ids)[:, None], 30.0)
+
+
+def countdown(until_eos: int) -> Callable[[list[int], Tensor], Tensor]:
+    """20, 21, 22, ... continuing the committed ids, with an eos id after `until_eos` of them."""
+
+    def choose(committed: list[int], canvas: Tensor) -> Tensor:
+        start = sum(token_id >= 20 for token_id in committed)
+        ids = [20 + n % 20 if n < until_eos else EOS for n in range(start, start + C)]
+        return sure(ids)
+
+    return choose
+
+
+def make(
+    model: ScriptedModel, *, context: int = 64, max_waiting: int = 8, commit_chunk: int = 4, slots: int = 1
+) -> DiffusionEngine:
+    info = EngineInfo(
+        model_path="scripted",
+        canvas_length=C,
+        context_length=context,
+        vocab_size=V,
+        eos_ids=frozenset({EOS}),
+        device="cpu",
+        dtype="float32",
+        format="f32",
+        kernels="reference",
+        parameters=0,
+        weight_bytes=0,
+        kv_bytes=0,
+        load_seconds=0.0,
+    )
+    schedule = GenerationDefaults(
+        max_denoising_steps=5,
+        t_min=0.4,
+        t_max=0.8,
+        entropy_bound=0.1,
+        stability_threshold=1,
+        confidence_threshold=0.005,
+        eos_ids=info.eos_ids,
+        pad_id=0,
+    )
+    caches = [ListCache() for _ in range(slots)]
+    return DiffusionEngine(
+        model,  # type: ignore[arg-type]
+        caches,  # type: ignore[arg-type]
+        schedule,
+        info,
+        max_waiting=max_waiting,
+        commit_chunk=commit_chunk,
+    )
+
+
+def request(name: str = "a", prompt: Sequence[int] = (5, 6, 7), max_tokens: int = 30, **sampling: float):
+    sampling.setdefault("seed", 3)
+    return GenerationRequest(
+        id=name,
+        prompt_ids=tuple(prompt),
+        max_tokens=max_tokens,
+        sampling=Sampling(**sampling),  # type: ignore[arg-type]
+    )
+
+
+def run(engine: DiffusionEngine, limit: int = 500) -> list[Event]:
+    events: list[Event] = []
+    for _ in range(limit):
+        if not engine.has_work:
+            return events
+        events += engine.step()
+    raise AssertionError("the engine does not come to an end")
+
+
+def reply(events: Sequence[Event], name: str = "a") -> tuple[list[int], Finished]:
+    """The ids of one request's canvases, and its only Finished, which must be its last event."""
+    *canvases, finished = [event for event in events if event.request_id == name]
+    assert isinstance(finished, Finished)
+    ids: list[int] = []
+    for index, canvas in enumerate(canvases):
+        assert isinstance(canvas, CanvasDone)
+        assert canvas.index == index
+        ids += canvas.token_ids
+    return ids, finished
+
+
+def test_a_reply_of_three_canvases() -> None:
+    model = ScriptedModel(countdown(10))
+    engine = make(model)
+    engine.submit(request())
+    ids, finished = reply(run(engine))
+    assert ids == list(range(20, 30))
+    usage = Usage(prompt_tokens=3, completion_tokens=11, canvases=3, denoise_steps=6)
+    assert finished == Finished(request_id="a", reason="stop", usage=usage, stop_id=EOS)
+    assert model.commits == [[5, 6, 7], [20, 21, 22, 23], [24, 25, 26, 27]], "the last canvas is not committed"
+
+
+def test_max_tokens_and_context_cut() -> None:
+    for max_tokens, context in ((6, 64), (30, 9)):
+        engine = make(ScriptedModel(countdown(100)), context=context)
+        engine.submit(request(max_tokens=max_tokens))
+        ids, finished = reply(run(engine))
+        assert ids == [20, 21, 22, 23, 24, 25]
+        assert (finished.reason, finished.usage.completion_tokens, finished.error) == ("length", 6, None)
+
+
+def test_a_step_is_at_most_one_chunk_and_one_pass() -> None:
+    model = ScriptedModel(countdown(2))
+    engine = make(model, commit_chunk=4)
+    engine.submit(request(prompt=range(2, 12)))
+    work = []
+    while engine.has_work:
+        engine.step()
+        work.append((len(model.commits), model.passes))
+    assert work == [(1, 0), (2, 0), (3, 1), (3, 2)]
+
+
+def creative(engine: DiffusionEngine, name: str = "a") -> list[int]:
+    ids, finished = reply(run(engine), name)
+    assert finished.reason == "length"
+    return ids
+
+
+def test_a_reply_does_not_depend_on_what_else_runs() -> None:
+    asked = request("a", prompt=(5, 9, 2), max_tokens=14, seed=77)
+    alone = make(ScriptedModel())
+    alone.submit(asked)
+    expected = creative(alone)
+    assert len(expected) == 14
+
+    queued = make(ScriptedModel())
+    queued.submit(request("first", prompt=(8, 8, 8, 8, 8, 8), seed=1))
+    queued.submit(asked)
+    queued.submit(request("last", prompt=(4,), seed=2, max_tokens=5))
+    assert creative(queued) == expected
+
+    seasoned = make(ScriptedModel())
+    for number in range(20):
+        seasoned.submit(request(f"r{number}", prompt=(number + 2,), seed=number, max_tokens=9))
+        run(seasoned)
+    seasoned.submit(asked)
+    assert creative(seasoned) == expected
+
+    beside = make(ScriptedModel(), slots=3)
+    beside.submit(request("x", prompt=(8, 8, 8, 8, 8, 8), seed=1))
+    beside.submit(asked)
+    beside.submit(request("y", prompt=(4,), seed=2, max_tokens=25))
+    assert creative(beside) == expected
+
+    other = make(ScriptedModel())
+    other.submit(request("a", prompt=(5, 9, 2), max_tokens=14, seed=78))
+    assert creative(other) != expected, "the script must depend on the seed, or this shows nothing"
+
+
+def test_cancel_frees_the_slot_within_a_step() -> None:
+    model = ScriptedModel(countdown(1000))
+    engine = make(model)
+    engine.submit(request("a"))
+    engine.submit(request("b"))
+    engine.submit(request("c", max_tokens=3))
+    engine.step()
+    engine.cancel("a")
+    engine.cancel("b")
+    passes = model.passes
+    first = engine.step()
+    assert [(event.request_id, event.reason) for event in first if isinstance(event, Finished)] == [
+        ("a", "cancelled"),
+        ("b", "cancelled"),
+    ]
+    assert model.passes == passes + 1, "c already runs"
+    _, finished = reply(run(engine), "c")
+    assert finished.reason == "length"
+    assert model.commits[-1] == [5, 6, 7]
+
+
+def test_cancel_in_the_middle_of_a_prompt_leaves_no_ids_behind() -> None:
+    seen: list[list[int]] = []
+
+    def choose(committed: list[int], canvas: Tensor) -> Tensor:
+        seen.append(list(committed))
+        return sure([EOS] * C)
+
+    engine = make(ScriptedModel(choose))
+    engine.submit(request("a", prompt=range(2, 22)))
+    engine.step()
+    engine.cancel("a")
+    engine.submit(request("b", prompt=(30, 31)))
+    _, finished = reply(run(engine), "b")
+    assert finished.reason == "stop"
+    assert seen == [[30, 31], [30, 31]]
+
+
+def test_a_canvas_that_never_converges_ends_the_reply() -> None:
+    def choose(committed: list[int], canvas: Tensor) -> Tensor:
+        return torch.zeros(C, V) if len(committed) > 3 else sure([20] * C)
+
+    engine = make(ScriptedModel(choose))
+    engine.submit(request())
+    ids, finished = reply(run(engine))
+    assert ids == [20] * C, "only the canvas that converged"
+    assert finished.reason == "length"
+    assert finished.error is not None
+    assert "did not converge" in finished.error
+    assert finished.usage == Usage(
+        prompt_tokens=3, completion_tokens=4, canvases=1, denoise_steps=12, redrawn_canvases=1
+    )
+
+
+def test_non_finite_logits_end_the_reply_with_an_error() -> None:
+    def choose(committed: list[int], canvas: Tensor) -> Tensor:
+        return sure([20] * C) * (float("nan") if len(committed) > 3 else 1)
+
+    engine = make(ScriptedModel(choose))
+    engine.submit(request())
+    ids, finished = reply(run(engine))
+    assert ids == [20] * C
+    assert finished.reason == "error"
+    assert finished.error is not None
+    assert "not finite" in finished.error
+
+
+@pytest.mark.parametrize("place", ["commit", "denoise"])
+def test_an_exception_ends_one_request_and_the_others_go_on(place: str, caplog: pytest.LogCaptureFixture) -> None:
+    def choose(committed: list[int], canvas: Tensor) -> Tensor:
+        if place == "denoise" and 33 in committed:
+            raise torch.OutOfMemoryError("no memory")
+        return countdown(6)(committed, canvas)
+
+    model = ScriptedModel(choose)
+    if place == "commit":
+        model.fail_commit_of = 33
+    engine = make(model)
+    for name, prompt in (("a", (5,)), ("bad", (6, 7, 8, 9, 10, 33)), ("c", (5,))):
+        engine.submit(request(name, prompt))
+    with caplog.at_level(logging.CRITICAL):
+        events = run(engine)
+    assert reply(events, "a")[0] == reply(events, "c")[0] != []
+    ids, finished = reply(events, "bad")
+    assert ids == []
+    assert finished.reason == "error"
+    assert finished.error == ("RuntimeError: kaput" if place == "commit" else "OutOfMemoryError: no memory")
+
+
+def test_a_broken_device_is_not_hidden() -> None:
+    model = ScriptedModel()
+    model.fail_commit_of, model.error = 33, torch.AcceleratorError("device-side assert")
+    engine = make(model)
+    engine.submit(request(prompt=(33,)))
+    with pytest.raises(torch.AcceleratorError):
+        engine.step()
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"),
+    [
+        (request(prompt=()), "prompt_ids is empty"),
+        (request(prompt=(1, V)), "prompt_ids"),
+        (request(prompt=(-1,)), "prompt_ids"),
+        (request(max_tokens=0), "max_tokens"),
+        (request(seed=2**64), "seed"),
+        (request(seed=-1), "seed"),
+        (request(temperature=-0.1), "temperature"),
+        (request(temperature=float("nan")), "temperature"),
+        (request(temperature=float("inf")), "temperature"),
+        (request(top_k=-1), "top_k"),
+        (request(top_p=1.5), "top_p"),
+        (request(prompt=[2] * 64), "does not fit"),
+    ],
+)
+def test_refusals_name_the_field_and_queue_nothing(broken: GenerationRequest, named: str) -> None:
+    engine = make(ScriptedModel())
+    with pytest.raises(EngineError, match=named):
+        engine.submit(broken)
+    assert not engine.has_work
+    assert engine.step() == []
+
+
+def test_too_long_and_full_have_their_own_classes() -> None:
+    engine = make(ScriptedModel(), max_waiting=0)
+    with pytest.raises(RequestTooLong):
+        engine.submit(request(prompt=[2] * 64))
+    engine.submit(request(prompt=[2] * 63))
+    with pytest.raises(QueueFull):
+        engine.submit(request("b"))
+
+
+def test_close_drops_everything() -> None:
+    engine = make(ScriptedModel())
+    engine.submit(request())
+    engine.step()
+    engine.close()
+    engine.close()
+    engine.cancel("a")
+    assert not engine.has_work
+    with pytest.raises(EngineError, match="closed"):
+        engine.submit(request("b"))
+    with pytest.raises(EngineError, match="closed"):
+        engine.step()
+
+
+def test_auto_choices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choices.choose_device("auto") == CPU
+    assert choices.choose_dtype("auto", CPU) == torch.float32
+    assert choices.choose_dtype("bfloat16", CPU) == torch.bfloat16
+    assert choices.choose_kernels("auto") == "reference"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choices.choose_device("auto") == torch.device("cuda", 0)
+    assert choices.choose_device("cuda:1") == torch.device("cuda", 1)
+    assert choices.choose_dtype("auto", torch.device("cuda", 0)) == torch.bfloat16
+    with pytest.raises(EngineError, match="only 2"):
+        choices.choose_device("cuda:2")
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:", "cuda:x", "cpu:0", ""])
+def test_unknown_device(name: str) -> None:
+    with pytest.raises(EngineError, match="choose auto, cpu, cuda"):
+        choices.choose_device(name)
+
+
+def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineError, match="no usable NVIDIA GPU"):
+        choices.choose_device("cuda")
+
+
+def test_unknown_names_list_the_choices() -> None:
+    with pytest.raises(EngineError, match=r"float16.*float32 or bfloat16"):
+        choices.choose_dtype("float16", CPU)
+    with pytest.raises(EngineError, match=r"triton.*reference"):
+        choices.choose_kernels("triton")
+
+
+FULL = LayerConfig(kind="full", head_dim=16, kv_heads=2, rope_theta=1e6, rope_partial=0.25)
+SLIDING = LayerConfig(kind="sliding", head_dim=8, kv_heads=4, rope_theta=1e4, rope_partial=1.0)
+SIZES = ModelConfig(
+    vocab_size=V,
+    hidden_size=8,
+    canvas_length=C,
+    max_positions=65_536,
+    sliding_window=64,
+    num_heads=4,
+    rms_norm_eps=1e-6,
+    final_softcap=30.0,
+    intermediate_size=8,
+    moe_intermediate_size=8,
+    num_experts=2,
+    top_k_experts=1,
+    layers=(SLIDING, FULL, SLIDING, FULL),
+)
+POSITION_BYTES = 2 * (2 * 2 * 16) * 4  # two full layers, keys and values, float32
+
+
+@pytest.mark.parametrize(("free", "context"), [(2**40, 65_536), (65_536, 65_536), (65_535, 32_768), (1024, 1024)])
+def test_context_is_sized_to_memory(free: int, context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "free_memory", lambda device: free * POSITION_BYTES)
+    assert choices.choose_context(None, SIZES, CPU, torch.float32) == context
+    assert choices.choose_context(777, SIZES, CPU, torch.float32) == 777
+
+
+def test_no_room_for_any_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "free_memory", lambda device: 1000 * POSITION_BYTES)
+    with pytest.raises(EngineError, match="not enough for 1024 positions"):
+        choices.choose_context(None, SIZES, CPU, torch.float32)
+
+
+@pytest.mark.parametrize("asked", [1, 0, -5, 65_537])
+def test_context_out_of_range(asked: int) -> None:
+    with pytest.raises(EngineError, match=r"context .* outside 2\.\.65536"):
+        choices.choose_context(asked, SIZES, CPU, torch.float32)
+
+
+def test_free_memory_of_this_host() -> None:
+    assert 2**26 < choices.free_memory(CPU) < 2**50
+
+
+@pytest.mark.parametrize("field", [{"max_waiting": -1}, {"commit_chunk": 0}])
+def test_bounds_are_checked_before_loading(field: dict[str, int]) -> None:
+    with pytest.raises(EngineError, match=next(iter(field))):
+        DiffusionEngine.from_options(EngineOptions(model="no such folder", **field))  # type: ignore[arg-type]
