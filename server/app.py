@@ -42,6 +42,7 @@ class AppSettings:
 
     api_key: str | None = field(default=None, repr=False)  # None: no authentication
     heartbeat_seconds: float = 10.0
+    drain_seconds: float = 10.0  # how long a running stream may go on after the server was told to stop
     max_body_bytes: int = 10_000_000
 
 
@@ -81,6 +82,7 @@ def create_app(service: ChatService, settings: AppSettings) -> FastAPI:
             openai_chat.chunks(reply, include_usage=include_usage),
             close=reply.close,
             heartbeat_seconds=settings.heartbeat_seconds,
+            drain_seconds=settings.drain_seconds,
         )
 
     return app

@@ -137,7 +137,9 @@ class Bridge:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     @asynccontextmanager
@@ -239,4 +241,3 @@ class Bridge:
             message = self._inbox.get()
             if isinstance(message, _Submit):
                 message.seat.answer(EngineUnavailable(error))
-

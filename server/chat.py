@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 
 from engine import CanvasDone, Event, Finished, GenerationRequest, QueueFull, RequestTooLong, Sampling
@@ -136,8 +136,10 @@ class _Choice:
 
     def end(self) -> Delta | None:
         """What was held back until now."""
-        if self.satisfied and not self.parser.ended:
+        if self._stop.hit:
             return None
+        if self._calls == self._most_calls:
+            return self._delta(Parsed(), last=True)
         self.parser.push(self._detokenizer.finish())
         return self._delta(self.parser.finish(), last=True)
 
@@ -202,29 +204,32 @@ class Reply:
         """Cancel whatever still runs. May be called at any time, also twice."""
         await self._stack.aclose()
 
-    async def stream(self) -> AsyncIterator[StreamItem]:
+    async def stream(self) -> AsyncGenerator[StreamItem, None]:
         """The reply as it comes. Raises ApiError when the engine gives up."""
         first_text: float | None = None
-        async for running, event in self._merged():
-            if isinstance(event, CanvasDone):
-                delta = running.choice.canvas(event.token_ids)
-                if running.choice.satisfied:
-                    self._bridge.cancel(running.request.id)
-            else:
-                running.finished = event
-                delta = running.choice.end()
-            if delta is not None:
-                first_text = first_text or time.monotonic()
-                yield delta
-            if isinstance(event, Finished):
-                yield ChoiceDone(choice=running.choice.index, finish_reason=running.choice.finish_reason(event))
+        async with aclosing(self._merged()) as events:
+            async for running, event in events:
+                choice = running.choice
+                if isinstance(event, CanvasDone):
+                    delta = choice.canvas(event.token_ids)
+                    if choice.satisfied:
+                        self._bridge.cancel(running.request.id)
+                else:
+                    running.finished = event
+                    delta = choice.end()
+                if delta is not None:
+                    first_text = first_text or time.monotonic()
+                    yield delta
+                if isinstance(event, Finished):
+                    yield ChoiceDone(choice=choice.index, finish_reason=choice.finish_reason(event))
         yield self._done(first_text)
 
     async def fold(self) -> Folded:
         """The whole reply at once: the sum of its stream."""
-        return await fold(self.stream(), self.choices)
+        async with aclosing(self.stream()) as items:
+            return await fold(items, self.choices)
 
-    async def _merged(self) -> AsyncIterator[tuple[_Running, Event]]:
+    async def _merged(self) -> AsyncGenerator[tuple[_Running, Event], None]:
         """Events of all choices in the order they happen."""
         waiting = {asyncio.ensure_future(anext(running.events)): running for running in self._running}
         try:

@@ -253,4 +253,3 @@ def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, list | tuple):
         return [_map_strings(each, change) for each in value]
     return value
-

@@ -271,7 +271,9 @@ class ChatRequest(BaseModel):
     @model_validator(mode="after")
     def _refuse_forced_tools(self) -> ChatRequest:
         if self.tool_choice is not None and self.tool_choice not in ("auto", "none"):
-            raise _refuse("tool_choice", "is supported as 'auto' and 'none' only, not yet as 'required' or a named tool")
+            raise _refuse(
+                "tool_choice", "is supported as 'auto' and 'none' only, not yet as 'required' or a named tool"
+            )
         return self
 
     @model_validator(mode="after")

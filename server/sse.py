@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -30,18 +31,18 @@ class ChunkStream(EventSourceResponse):
 
     def __init__(
         self,
-        chunks: AsyncIterator[dict[str, Any]],
+        chunks: AsyncGenerator[dict[str, Any], None],
         *,
         close: Callable[[], Awaitable[None]],
         heartbeat_seconds: float,
-        headers: dict[str, str] | None = None,
+        drain_seconds: float,
     ) -> None:
         super().__init__(
             _events(chunks),
-            headers=headers,
             ping=heartbeat_seconds,
             ping_message_factory=lambda: ServerSentEvent(comment="ping", sep=_LINE_END),
             sep=_LINE_END,
+            shutdown_grace_period=drain_seconds,  # 0, the default, would cut replies off at ctrl-C
         )
         self._close = close
 
@@ -53,10 +54,11 @@ class ChunkStream(EventSourceResponse):
             await self._close()
 
 
-async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[ServerSentEvent]:
+async def _events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[ServerSentEvent, None]:
     try:
-        async for chunk in chunks:
-            yield _event(chunk)
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield _event(chunk)
     except ApiError as error:
         yield _event(error.body())
     except Exception:  # the status line is out: an error event is the only way left to tell

@@ -8,7 +8,8 @@ Invariant: the chunks of a stream add up to the body of the same reply.
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
+from contextlib import aclosing
 from typing import Any
 
 from server.chat import Folded, FoldedChoice, Reply
@@ -56,7 +57,7 @@ def body(reply: Reply, folded: Folded) -> Json:
     }
 
 
-async def chunks(reply: Reply, *, include_usage: bool) -> AsyncIterator[Json]:
+async def chunks(reply: Reply, *, include_usage: bool) -> AsyncGenerator[Json, None]:
     """The streamed answer: role chunks at once, then one chunk per finished canvas."""
     head: Json = {
         "id": reply.id,
@@ -73,19 +74,20 @@ async def chunks(reply: Reply, *, include_usage: bool) -> AsyncIterator[Json]:
         yield chunk(index, {"role": "assistant", "content": ""})
     finished = 0
     last: Json = {}
-    async for item in reply.stream():
-        if isinstance(item, Delta):
-            yield chunk(item.choice, _delta(item))
-        elif isinstance(item, ChoiceDone):
-            finished += 1
-            last = chunk(item.choice, {}, item.finish_reason)
-            if finished < reply.choices:
+    async with aclosing(reply.stream()) as items:
+        async for item in items:
+            if isinstance(item, Delta):
+                yield chunk(item.choice, _delta(item))
+            elif isinstance(item, ChoiceDone):
+                finished += 1
+                last = chunk(item.choice, {}, item.finish_reason)
+                if finished < reply.choices:
+                    yield last
+            elif include_usage:
                 yield last
-        elif include_usage:
-            yield last
-            yield {**head, "choices": [], "usage": _usage(item), "easel": _easel(item)}
-        else:
-            yield {**last, "easel": _easel(item)}
+                yield {**head, "choices": [], "usage": _usage(item), "easel": _easel(item)}
+            else:
+                yield {**last, "easel": _easel(item)}
 
 
 def model_card(name: str, *, created: int, context_length: int) -> Json:
