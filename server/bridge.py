@@ -190,7 +190,7 @@ class Bridge:
 
     def _turn(self) -> bool:
         """Read the inbox, advance the engine by one step. False when the bridge is closed and drained."""
-        self._read_inbox(wait=not self._engine.has_work and not self._closing)
+        self._read_inbox(wait=not (self._engine.has_work or self._seats or self._closing))
         if self._closing and time.monotonic() >= self._deadline:
             for request_id in self._seats:
                 self._engine.cancel(request_id)

@@ -69,7 +69,6 @@ class OutputParser:
         elif self._state == "call":
             self._close_call(complete=False)
         self._held = ""
-        self._state = "ended"
         return self.take()
 
     @property

@@ -7,15 +7,26 @@ extras that cannot change the reply (accepted, dropped) and fields that would ch
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from server.errors import ApiError, invalid
 
 MAX_REPORTED_ERRORS = 10
+MAX_MESSAGE_CHARACTERS = 300
 _OPEN = ConfigDict(extra="allow", frozen=True)
 
 
@@ -46,23 +57,24 @@ class TextPart(BaseModel):
         return self.text if self.type == "text" else self.refusal
 
 
-Content = str | list[TextPart]
+def _content_kind(value: Any) -> str | None:
+    # With a plain union a fault in a part would be reported once per branch, the misleading one first.
+    return "str" if isinstance(value, str) else "list" if isinstance(value, list) else None
 
 
-def _one_part_as_list(value: object) -> object:
-    # With a plain union a wrong part would be reported once per branch; the type of the value decides the branch.
-    if value is None or isinstance(value, str | list):
-        return value
-    raise PydanticCustomError("content_type", "must be a string or a list of content parts")
+Content = Annotated[
+    Annotated[str, Tag("str")] | Annotated[list[TextPart], Tag("list")],
+    Discriminator(
+        _content_kind,
+        custom_error_type="content_type",
+        custom_error_message="must be a string or a list of content parts",
+    ),
+]
 
 
-def _tool_content(value: object) -> object:
+def _json_text(value: object) -> object:
     # Some frameworks send a tool's result as an object; what the model reads is its JSON text.
-    if isinstance(value, dict):
-        import json
-
-        return json.dumps(value, ensure_ascii=False)
-    return _one_part_as_list(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
 
 
 class SystemMessage(BaseModel):
@@ -70,7 +82,7 @@ class SystemMessage(BaseModel):
 
     model_config = _OPEN
     role: Literal["system", "developer"]
-    content: Annotated[Content, BeforeValidator(_one_part_as_list)]
+    content: Content
     name: str | None = None
 
 
@@ -79,7 +91,7 @@ class UserMessage(BaseModel):
 
     model_config = _OPEN
     role: Literal["user"]
-    content: Annotated[Content, BeforeValidator(_one_part_as_list)]
+    content: Content
     name: str | None = None
 
 
@@ -105,7 +117,7 @@ class AssistantMessage(BaseModel):
 
     model_config = _OPEN
     role: Literal["assistant"]
-    content: Annotated[Content | None, BeforeValidator(_one_part_as_list)] = None
+    content: Content | None = None
     name: str | None = None
     tool_calls: list[HistoryToolCall] | None = None
     reasoning_content: str | None = None
@@ -127,7 +139,7 @@ class ToolMessage(BaseModel):
 
     model_config = _OPEN
     role: Literal["tool"]
-    content: Annotated[Content, BeforeValidator(_tool_content)]
+    content: Annotated[Content, BeforeValidator(_json_text)]
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -279,9 +291,9 @@ class ChatRequest(BaseModel):
     @model_validator(mode="after")
     def _check_stop(self) -> ChatRequest:
         if len(self.stop_strings) > 4:
-            raise PydanticCustomError("invalid_value", "'stop' takes at most 4 strings")
+            raise PydanticCustomError("invalid_value", "takes at most 4 strings", {"field": "stop"})
         if "" in self.stop_strings:
-            raise PydanticCustomError("invalid_value", "'stop' strings must not be empty")
+            raise PydanticCustomError("invalid_value", "strings must not be empty", {"field": "stop"})
         return self
 
     @property
@@ -306,31 +318,33 @@ def _as_api_error(error: ValidationError) -> ApiError:
     if first["type"] == "json_invalid":
         return invalid(f"The request body is not valid JSON: {first['ctx']['error']}", code="invalid_json")
     lines = []
+    # Bounded: an answer must not grow with what was sent.
     for fault in faults[:MAX_REPORTED_ERRORS]:
-        where = _path(fault["loc"])
-        lines.append(f"{where}: {fault['msg']}" if where else fault["msg"])
-    context = first.get("ctx", {})
-    path = _path(first["loc"])
-    named = str(context.get("field", ""))
-    if first["type"] == "unsupported_value" and named.isidentifier():
-        param: str | None = f"{path}.{named}" if path else named
-    else:
-        param = path or ("stop" if "'stop'" in first["msg"] else None)
+        where = _where(fault)
+        lines.append(f"{where}: {fault['msg']}"[:MAX_MESSAGE_CHARACTERS] if where else fault["msg"])
     code = {"missing": "missing_required_parameter", "unsupported_value": "unsupported_value"}.get(first["type"])
-    return invalid("; ".join(lines), param=param, code=code or "invalid_value")
+    return invalid("; ".join(lines), param=_where(first) or None, code=code or "invalid_value")
 
 
-_TAGS = frozenset({"system", "developer", "user", "assistant", "tool", "str", "list[TextPart]", "dict[str,any]"})
+def _where(fault: ErrorDetails) -> str:
+    """The field at fault: its path, and the name a validator of the whole object put in."""
+    path, named = _path(fault["loc"]), str(fault.get("ctx", {}).get("field", ""))
+    if not named.isidentifier():
+        return path
+    return f"{path}.{named}" if path else named
+
+
+# pydantic also reports which branch of a union it tried: no part of the client's document
+_BRANCHES = frozenset({"system", "developer", "user", "assistant", "tool", "str", "list", "list[str]", "dict[str,any]"})
 
 
 def _path(location: tuple[int | str, ...]) -> str:
-    """`("messages", 0, "user", "content", "list[TextPart]", 1)` -> `messages[0].content[1]`."""
+    """`("messages", 0, "user", "content", "list", 1)` -> `messages[0].content[1]`."""
     path = ""
     for position, part in enumerate(location):
         if isinstance(part, int):
             path += f"[{part}]"
-        # pydantic also reports which branch of a union it tried: no part of the client's document
-        elif position > 0 and part in _TAGS:
+        elif position > 0 and part in _BRANCHES:
             continue
         else:
             path += f".{part}" if path else str(part)
