@@ -60,9 +60,14 @@ def serve(prompts: PromptRenderer) -> Iterator[Callable[..., Client]]:
         yield build
 
 
+@pytest.fixture(scope="session")
+def listening() -> Callable[[Any], contextlib.AbstractContextManager[str]]:
+    """`with listening(app) as address:` is a real uvicorn on a free port."""
+    return _listening
+
+
 @contextlib.contextmanager
-def listening(app: Any) -> Iterator[str]:
-    """A real uvicorn on a free port; yields its address."""
+def _listening(app: Any) -> Iterator[str]:
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
