@@ -227,6 +227,7 @@ class FakeEngine:
 
     def close(self) -> None:
         self.closed = True
+        self._thread = None  # another bridge may take it over
 
     def _advance(self, running: _Running) -> list[Event]:
         said = running.script

@@ -138,7 +138,7 @@ def test_a_body_that_is_too_large_is_a_413(serve: Serve) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_errors_before_the_first_byte_have_a_status_also_in_streams(serve: Serve, stream: bool) -> None:
-    client = serve(Script([[65]] * 3), context_length=40)
+    client = serve(Script([[173]] * 3), context_length=40)
     assert error(client.chat("x" * 100, stream=stream), 400)["code"] == "context_length_exceeded"
     assert error(client.chat(stream=stream, model="other"), 404)["param"] == "model"
     assert error(client.chat(stream=stream, logprobs=True), 400)["param"] == "logprobs"

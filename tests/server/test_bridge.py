@@ -12,7 +12,7 @@ from engine import CanvasDone, Event, Finished, GenerationRequest, QueueFull, Re
 from server.bridge import Bridge, EngineUnavailable
 from tests.fakes import FakeEngine, Script
 
-LONG = Script([[65]] * 10_000, steps=1, step_seconds=0.001)
+LONG = Script([[173]] * 10_000, steps=1, step_seconds=0.001)
 
 
 def request(name: str = "r", prompt: int = 3) -> GenerationRequest:

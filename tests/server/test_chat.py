@@ -208,7 +208,7 @@ def test_a_generation_that_fails_is_a_500_not_to_be_retried(answer: Any) -> None
 
 
 def test_closing_a_reply_early_cancels_every_choice(prompts: PromptRenderer) -> None:
-    engine = FakeEngine([Script([[65]] * 10_000, steps=1, step_seconds=0.001)])
+    engine = FakeEngine([Script([[173]] * 10_000, steps=1, step_seconds=0.001)])
 
     async def run() -> None:
         task = ChatTask(messages=({"role": "user", "content": "Hi"},), choices=3)

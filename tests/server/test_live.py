@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import socket
 import time
@@ -19,8 +20,8 @@ from server.prompt import PromptRenderer
 from tests.fakes import FakeEngine, Script, script
 
 STEP = 0.02
-ENDLESS = Script([[65]] * 100_000, steps=1, step_seconds=STEP)
-SILENT = Script([[65]], steps=100_000, step_seconds=STEP)  # never finishes a canvas
+ENDLESS = Script([[173]] * 100_000, steps=1, step_seconds=STEP)  # 173 is a letter
+SILENT = Script([[173]], steps=100_000, step_seconds=STEP)  # never finishes a canvas
 BODY = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
 
 Running = tuple[str, FakeEngine]
@@ -67,7 +68,7 @@ def test_the_role_comes_at_once_and_text_canvas_by_canvas(run: Any) -> None:
                 times.append(time.monotonic())
                 lines.append(line)
     assert len(lines) == 6  # role, a, b, c, finish, [DONE]
-    gaps = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
     assert all(gap > 3 * STEP for gap in gaps[:3]), gaps
     assert all(gap < 3 * STEP for gap in gaps[3:]), gaps
 
@@ -86,7 +87,8 @@ def test_heartbeats_while_nothing_is_ready(run: Any) -> None:
 def test_a_client_that_leaves_a_stream_stops_the_work(run: Any, said: Script) -> None:
     address, engine = run(said)
     with httpx.stream("POST", f"{address}/v1/chat/completions", json={**BODY, "stream": True}) as answer:
-        assert next(answer.iter_lines()).startswith("data: ")
+        lines = answer.iter_lines()  # kept: dropping the iterator closes the connection
+        assert next(lines).startswith("data: ")
         wait_until(lambda: engine.steps > 3)
     # The goodbye takes a moment to arrive; then the step under way ends and the next one cancels.
     assert steps_until_cancelled(engine) <= 4
@@ -97,7 +99,8 @@ def test_a_client_that_leaves_without_streaming_stops_the_work(run: Any) -> None
     address, engine = run(ENDLESS)
     host, port = address.removeprefix("http://").split(":")
     body = json.dumps(BODY).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(body)}"
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + b"\r\n\r\n" + body)
         wait_until(lambda: engine.steps > 3)
@@ -111,7 +114,8 @@ def test_a_client_that_leaves_while_waiting_is_taken_off_the_queue(run: Any) -> 
         lines = first.iter_lines()
         next(lines)
         with httpx.stream("POST", f"{address}/v1/chat/completions", json={**BODY, "stream": True}) as second:
-            next(second.iter_lines())
+            waiting = second.iter_lines()
+            next(waiting)
             wait_until(lambda: len(engine.requests) == 2)
         wait_until(lambda: engine.ended)
         assert engine.ended == [engine.requests[1].id]

@@ -84,7 +84,7 @@ def test_the_stream_helper(client: openai.OpenAI, n: int, include_usage: bool) -
     ) as stream:
         kinds = [event.type for event in stream]
         final = stream.get_final_completion()
-    assert kinds.count("content.delta") == 2 * n
+    assert kinds.count("content.delta") == 3 * n  # the role chunk's empty content, then two canvases
     assert [choice.message.content for choice in final.choices] == ["It is sunny."] * n
     assert [choice.message.role for choice in final.choices] == ["assistant"] * n
     assert (final.usage is not None) == include_usage
