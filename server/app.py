@@ -1,0 +1,222 @@
+"""The HTTP side: routes, authentication, limits, error bodies, and what happens when a client leaves.
+
+Knows FastAPI and one wire format per route, not prompts or the engine. Invariants: every answer, whatever went
+wrong, is a JSON body in OpenAI's shape with an `x-request-id`; a client that leaves stops its work within one step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import logging
+import uuid
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server import errors
+from server.chat import ChatService
+from server.dialects import openai_chat
+from server.errors import ApiError
+from server.exchange import ChatTask
+from server.schema import parse_chat_request
+from server.sse import ChunkStream
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_CLIENT_GONE = 499  # nobody reads it; it tells the access log why there is no answer
+
+
+@dataclass(frozen=True, kw_only=True)
+class AppSettings:
+    """What the HTTP side can be told."""
+
+    api_key: str | None = field(default=None, repr=False)  # None: no authentication
+    heartbeat_seconds: float = 10.0
+    drain_seconds: float = 10.0  # how long a running stream may go on after the server was told to stop
+    max_body_bytes: int = 10_000_000
+
+
+class _ClientGone(Exception):
+    """The client closed the connection before its answer was ready."""
+
+
+def create_app(service: ChatService, settings: AppSettings) -> FastAPI:
+    """The application. It does not start or close the bridge: whoever built that does."""
+    app = FastAPI(title="easel", docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(_RequestId)
+    _handle_errors(app)
+    _add_status_routes(app, service)
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        _authenticate(request, settings)
+        return JSONResponse({"object": "list", "data": [_card(service, name) for name in service.model_names]})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(request: Request, name: str) -> Response:
+        _authenticate(request, settings)
+        if name not in service.model_names:
+            raise errors.unknown_model(name, service.model_names)
+        return JSONResponse(_card(service, name))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        _authenticate(request, settings)
+        wanted = parse_chat_request(await _json_body(request, settings.max_body_bytes))
+        task = openai_chat.to_task(wanted)
+        if not wanted.stream:
+            return JSONResponse(await _unless_gone(request, _complete(service, task)))
+        reply = await service.open(task)
+        include_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
+        return ChunkStream(
+            openai_chat.chunks(reply, include_usage=include_usage),
+            close=reply.close,
+            heartbeat_seconds=settings.heartbeat_seconds,
+            drain_seconds=settings.drain_seconds,
+        )
+
+    return app
+
+
+def _add_status_routes(app: FastAPI, service: ChatService) -> None:
+    @app.get("/")
+    async def root() -> Response:
+        return JSONResponse({"easel": "POST /v1/chat/completions", "models": list(service.model_names)})
+
+    @app.get("/health")
+    async def health() -> Response:
+        return JSONResponse({"status": "ok"})
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        if not service.bridge.ready:
+            raise errors.unavailable("The engine is not running")
+        return JSONResponse({"status": "ready"})
+
+
+async def _complete(service: ChatService, task: ChatTask) -> dict[str, Any]:
+    reply = await service.open(task)
+    try:
+        return openai_chat.body(reply, await reply.fold())
+    finally:
+        await reply.close()
+
+
+def _card(service: ChatService, name: str) -> dict[str, Any]:
+    length = service.bridge.info.context_length
+    return openai_chat.model_card(name, created=service.loaded_at, context_length=length)
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work, but drop it when the client leaves: nothing cancels a plain endpoint by itself."""
+    doing = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_left(request))
+    try:
+        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        raise _ClientGone
+    finally:
+        doing.cancel()
+        leaving.cancel()
+        await asyncio.gather(doing, leaving, return_exceptions=True)
+
+
+async def _left(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _authenticate(request: Request, settings: AppSettings) -> None:
+    if settings.api_key is None:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    # Digests, so that the time taken tells nothing about the key, its length included.
+    expected, actual = (hashlib.sha256(key.encode()).digest() for key in (settings.api_key, given.strip()))
+    if scheme.lower() != "bearer" or not hmac.compare_digest(expected, actual):
+        message = "Incorrect or missing API key. Send it as 'Authorization: Bearer KEY'."
+        raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+
+async def _json_body(request: Request, limit: int) -> bytes:
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+        message = f"The body must be JSON, sent as 'Content-Type: application/json' (got '{kind[:100] or 'none'}')."
+        raise ApiError(415, message, code="unsupported_media_type")
+    declared = request.headers.get("content-length", "")
+    body = bytearray()
+    if not (declared.isdecimal() and int(declared) > limit):
+        async for part in request.stream():
+            body += part
+            if len(body) > limit:
+                break
+        else:
+            return bytes(body)
+    raise ApiError(413, f"The request body is larger than {limit} bytes.", code="request_too_large")
+
+
+def _handle_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def api_error(_: Request, error: ApiError) -> Response:
+        return _error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+        message = f"{error.detail}: {request.method} {request.url.path}"
+        return _error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
+
+    @app.exception_handler(RequestValidationError)
+    async def validation_error(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        param = ".".join(str(part) for part in first["loc"][1:])
+        return _error_response(errors.invalid(f"{param}: {first['msg']}", param=param))
+
+    @app.exception_handler(_ClientGone)
+    @app.exception_handler(ClientDisconnect)
+    async def client_gone(_: Request, error: Exception) -> Response:
+        return Response(status_code=_CLIENT_GONE)
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        # Starlette logs the traceback; the client gets nothing that could show other people's text.
+        response = _error_response(ApiError(500, "Internal server error", code="internal_error"))
+        response.headers["x-request-id"] = request.scope["state"]["request_id"]  # sent outside the middleware
+        return response
+
+
+def _error_response(error: ApiError) -> Response:
+    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+
+
+class _RequestId:
+    """Gives every answer an `x-request-id`: the client's own, if it sent a sane one."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = dict(scope["headers"]).get(b"x-request-id", b"")
+        sane = 0 < len(given) <= 128 and given.isascii() and given.decode().isprintable()
+        request_id = given.decode() if sane else f"req_{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
+            await send(message)
+
+        await self._app(scope, receive, send_with_id)

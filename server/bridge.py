@@ -1,0 +1,243 @@
+"""The one thread that owns the engine, and the way from asyncio to it and back.
+
+Knows the engine's interface and asyncio, not text, HTTP or prompts. Callers put messages in an inbox, the thread
+steps the engine and hands events to the caller's loop. Invariants: only that thread touches the engine after
+`start`; every accepted request gets exactly one `Finished`, also when the engine dies or the server stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TypeVar
+
+from engine import Engine, EngineError, EngineInfo, Event, Finished, GenerationRequest, Usage
+
+logger = logging.getLogger(__name__)
+
+DRAIN_SECONDS = 10.0
+T = TypeVar("T")
+
+
+class EngineUnavailable(Exception):
+    """The engine thread is not running: not started, shutting down, or dead. The message says which."""
+
+
+@dataclass
+class _Seat:
+    """One request's place on the asyncio side."""
+
+    request: GenerationRequest
+    loop: asyncio.AbstractEventLoop
+    accepted: asyncio.Future[None]
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    finished: bool = False  # read and written on the loop only
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self.finished and self.events.empty():
+            raise StopAsyncIteration
+        return await self.events.get()
+
+    def deliver(self, event: Event) -> None:
+        self._on_loop(self._receive, event)
+
+    def answer(self, error: Exception | None) -> None:
+        self._on_loop(self._answer, error)
+
+    def _receive(self, event: Event) -> None:
+        self.finished = self.finished or isinstance(event, Finished)
+        self.events.put_nowait(event)
+
+    def _answer(self, error: Exception | None) -> None:
+        if self.accepted.done():  # the caller gave up waiting
+            return
+        if error is None:
+            self.accepted.set_result(None)
+        else:
+            self.accepted.set_exception(error)
+
+    def _on_loop(self, call: Callable[[T], None], argument: T) -> None:
+        try:
+            self.loop.call_soon_threadsafe(call, argument)
+        except RuntimeError:  # the loop is closed: nobody is left to tell
+            logger.debug("request %s: its event loop is gone", self.request.id)
+
+
+@dataclass(frozen=True)
+class _Submit:
+    seat: _Seat
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    request_id: str
+
+
+class _Stop:
+    """Wakes the thread so that it sees `_closing`."""
+
+
+class Bridge:
+    """Owns an engine from `start` to `close`; also a context manager that does both."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._info = engine.info
+        self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
+        self._seats: dict[str, _Seat] = {}  # touched by the engine thread only
+        self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()  # guards the three fields below against a submit slipping past the end
+        self._closing = False
+        self._dead = False
+        self._failure: str | None = None
+        self._deadline = 0.0
+
+    @property
+    def info(self) -> EngineInfo:
+        """Facts about the loaded model."""
+        return self._info
+
+    @property
+    def ready(self) -> bool:
+        """True while requests are taken."""
+        return self._thread is not None and not self._closing and not self._dead
+
+    def start(self) -> None:
+        """Start the engine thread."""
+        if self._thread is not None:
+            raise RuntimeError("a bridge starts once")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self, drain_seconds: float = DRAIN_SECONDS) -> None:
+        """Take no more requests, let the running ones end, cancel those that take longer, free the engine."""
+        with self._lock:
+            first = not self._closing
+            self._closing = True
+            if first:
+                self._deadline = time.monotonic() + drain_seconds
+        if self._thread is None:
+            if first:
+                self._engine.close()
+            return
+        self._inbox.put(_Stop())
+        self._thread.join()
+
+    def __enter__(self) -> Bridge:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @asynccontextmanager
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:
+        """Run a request; leaving the block early cancels it within one step.
+
+        Raises RequestTooLong or QueueFull (the engine refused) or EngineUnavailable. The events end with `Finished`.
+        """
+        loop = asyncio.get_running_loop()
+        seat = _Seat(request, loop, loop.create_future())
+        self._send(_Submit(seat))
+        try:
+            await seat.accepted
+            yield seat
+        finally:
+            if not seat.finished:
+                self.cancel(request.id)
+
+    def cancel(self, request_id: str) -> None:
+        """End a request at the next step; its `Finished` still arrives. Unknown ids are ignored."""
+        self._inbox.put(_Cancel(request_id))
+
+    def _send(self, message: _Submit) -> None:
+        with self._lock:
+            if self._failure is not None:
+                raise EngineUnavailable(f"the engine stopped: {self._failure}")
+            if self._closing or self._dead:
+                raise EngineUnavailable("the server is shutting down")
+            if self._thread is None:
+                raise EngineUnavailable("the engine is not started yet")
+            self._inbox.put(message)
+
+    # Everything below runs on the engine thread.
+
+    def _run(self) -> None:
+        try:
+            while self._turn():
+                pass
+        except Exception as error:
+            logger.exception("the engine thread died")
+            with self._lock:
+                self._failure = f"{type(error).__name__}: {error}"
+        finally:
+            with self._lock:
+                self._dead = True
+            self._finish_all(self._failure or "the server is shutting down")
+            self._engine.close()
+
+    def _turn(self) -> bool:
+        """Read the inbox, advance the engine by one step. False when the bridge is closed and drained."""
+        self._read_inbox(wait=not (self._engine.has_work or self._seats or self._closing))
+        if self._closing and time.monotonic() >= self._deadline:
+            for request_id in self._seats:
+                self._engine.cancel(request_id)
+        if self._engine.has_work:
+            for event in self._engine.step():
+                self._deliver(event)
+        elif self._seats:
+            raise RuntimeError(f"the engine is idle but never finished {', '.join(sorted(self._seats))}")
+        return not (self._closing and not self._seats and self._inbox.empty())
+
+    def _read_inbox(self, *, wait: bool) -> None:
+        while wait or not self._inbox.empty():
+            message = self._inbox.get()
+            wait = False
+            if isinstance(message, _Submit):
+                self._submit(message.seat)
+            elif isinstance(message, _Cancel) and message.request_id in self._seats:
+                self._engine.cancel(message.request_id)
+
+    def _submit(self, seat: _Seat) -> None:
+        if seat.accepted.cancelled():  # reading a flag: the caller left while the message was waiting
+            return
+        try:
+            self._engine.submit(seat.request)
+        except Exception as error:
+            if isinstance(error, EngineError):  # a refusal: the caller's answer
+                seat.answer(error)
+                return
+            seat.answer(EngineUnavailable(f"the engine stopped: {error}"))
+            raise
+        self._seats[seat.request.id] = seat
+        seat.answer(None)
+
+    def _deliver(self, event: Event) -> None:
+        seat = self._seats.get(event.request_id)
+        if seat is None:
+            return
+        if isinstance(event, Finished):
+            del self._seats[event.request_id]
+        seat.deliver(event)
+
+    def _finish_all(self, error: str) -> None:
+        for seat in self._seats.values():
+            usage = Usage(prompt_tokens=len(seat.request.prompt_ids))
+            seat.deliver(Finished(request_id=seat.request.id, reason="error", usage=usage, error=error))
+        self._seats.clear()
+        while not self._inbox.empty():
+            message = self._inbox.get()
+            if isinstance(message, _Submit):
+                message.seat.answer(EngineUnavailable(error))

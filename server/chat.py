@@ -1,0 +1,280 @@
+"""The flow of a chat: task -> prompt -> engine events -> deltas. Read this file first.
+
+Knows no HTTP and no wire format: those are in `app` and `dialects`. Both renderings of a reply come from the one
+stream made here; the non-streamed body is its fold. Invariant: leaving a reply early cancels its engine work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
+
+from engine import CanvasDone, Event, Finished, GenerationRequest, QueueFull, RequestTooLong, Sampling
+from server import errors
+from server.bridge import Bridge, EngineUnavailable
+from server.errors import ApiError
+from server.exchange import ChatTask, ChoiceDone, Delta, FinishReason, ReplyDone, StreamItem, ToolCall
+from server.output_parser import OutputParser, Parsed, StopStrings
+from server.prompt import Prompt, PromptRenderer
+from server.tool_calls import new_call_id
+
+# Random seeds stay below 2**53 so that they survive JavaScript's numbers and can be sent back.
+_RANDOM_SEED_BITS = 53
+
+
+@dataclass(frozen=True)
+class FoldedChoice:
+    """One choice of a finished reply."""
+
+    reasoning: str
+    content: str
+    tool_calls: tuple[ToolCall, ...]
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A finished reply: what its stream adds up to."""
+
+    choices: tuple[FoldedChoice, ...]
+    done: ReplyDone
+
+
+class ChatService:
+    """Answers chat tasks with one engine and one tokenizer. The first model name is the primary one."""
+
+    def __init__(self, bridge: Bridge, prompts: PromptRenderer, model_names: Sequence[str]) -> None:
+        if not model_names:
+            raise ValueError("a chat service needs at least one model name")
+        self.bridge = bridge
+        self.prompts = prompts
+        self.model_names = tuple(dict.fromkeys(model_names))
+        self.loaded_at = int(time.time())
+
+    async def open(self, task: ChatTask) -> Reply:
+        """Check, render and start a task. Raises ApiError before anything of the reply exists.
+
+        The caller must `close` the reply, whatever happens.
+        """
+        began = time.monotonic()
+        if task.model is not None and task.model not in self.model_names:
+            raise errors.unknown_model(task.model, self.model_names)
+        # Long prompts take a while to tokenise; other replies go on meanwhile.
+        prompt = await asyncio.to_thread(self.prompts.render, task.messages, task.tools, task.template_options)
+        requests = self._engine_requests(task, prompt)
+        async with AsyncExitStack() as stack:
+            try:
+                streams = [await stack.enter_async_context(self.bridge.generate(request)) for request in requests]
+            except RequestTooLong as error:
+                raise self._too_long(task, error.prompt_tokens, error.context_length) from error
+            except QueueFull as error:
+                raise errors.queue_full() from error
+            except EngineUnavailable as error:
+                raise errors.unavailable(str(error).capitalize()) from error
+            choices = [_Choice(index, task, prompt, self.prompts) for index in range(task.choices)]
+            running = [
+                _Running(request, stream, choice)
+                for request, stream, choice in zip(requests, streams, choices, strict=True)
+            ]
+            return Reply(self.bridge, running, stack.pop_all(), model=task.model or self.model_names[0], began=began)
+
+    def _engine_requests(self, task: ChatTask, prompt: Prompt) -> list[GenerationRequest]:
+        left = self.bridge.info.context_length - len(prompt.ids)
+        if left < 1:
+            raise self._too_long(task, len(prompt.ids), self.bridge.info.context_length)
+        seed = task.seed
+        if seed is None:
+            seed = 0 if task.temperature == 0 else secrets.randbits(_RANDOM_SEED_BITS)
+        reply_id = f"chatcmpl-{secrets.token_hex(12)}"
+        return [
+            GenerationRequest(
+                id=f"{reply_id}/{index}",
+                prompt_ids=prompt.ids,
+                # A limit above what is left is no mistake: many clients send a generous one unasked.
+                max_tokens=left if task.max_tokens is None else min(left, task.max_tokens),
+                sampling=Sampling(
+                    seed=(seed + index) % 2**64, temperature=task.temperature, top_k=task.top_k, top_p=task.top_p
+                ),
+            )
+            for index in range(task.choices)
+        ]
+
+    @staticmethod
+    def _too_long(task: ChatTask, prompt_tokens: int, context_length: int) -> ApiError:
+        return errors.context_length_exceeded(
+            prompt_tokens=prompt_tokens, completion_tokens=task.max_tokens or 1, context_length=context_length
+        )
+
+
+class _Choice:
+    """Text side of one choice: ids to deltas, and why it ended."""
+
+    def __init__(self, index: int, task: ChatTask, prompt: Prompt, prompts: PromptRenderer) -> None:
+        self.index = index
+        self._detokenizer = prompts.detokenizer()
+        self.parser = OutputParser(prompt.opens_in, tools=bool(task.tools))
+        self._stop = StopStrings(task.stop)
+        self._most_calls = None if task.parallel_tool_calls else 1
+        self._calls = 0
+
+    @property
+    def satisfied(self) -> bool:
+        """True when nothing the engine may still produce would be shown."""
+        return self._stop.hit or self.parser.ended or self._calls == self._most_calls
+
+    def canvas(self, token_ids: Sequence[int]) -> Delta | None:
+        """What a canvas adds; None when all of it is held back."""
+        if self.satisfied:
+            return None
+        for token_id in token_ids:
+            self.parser.push(self._detokenizer.push(token_id))
+        return self._delta(self.parser.take())
+
+    def end(self) -> Delta | None:
+        """What was held back until now."""
+        if self._stop.hit:
+            return None
+        if self._calls == self._most_calls:
+            return self._delta(Parsed(), last=True)
+        self.parser.push(self._detokenizer.finish())
+        return self._delta(self.parser.finish(), last=True)
+
+    def finish_reason(self, finished: Finished) -> FinishReason:
+        """The one place where the reason is decided. Raises ApiError when the engine gave up."""
+        if finished.reason == "error":
+            raise errors.generation_failed(f"Generation failed: {finished.error or 'unknown cause'}")
+        if finished.reason == "cancelled" and not self.satisfied:
+            raise errors.unavailable("The server is shutting down")
+        # A cut call must stay visible as "length", also when an earlier call is complete.
+        if finished.reason == "length" and not self.satisfied:
+            return "length"
+        return "tool_calls" if self._calls else "stop"
+
+    def _delta(self, parsed: Parsed, *, last: bool = False) -> Delta | None:
+        content = self._stop.push(parsed.content)
+        if last:
+            content += self._stop.finish()
+        calls = parsed.calls if self._most_calls is None else parsed.calls[: self._most_calls - self._calls]
+        numbered = tuple(
+            ToolCall(id=new_call_id(), index=self._calls + offset, name=call.name, arguments=call.arguments)
+            for offset, call in enumerate(calls)
+        )
+        self._calls += len(numbered)
+        if not (parsed.reasoning or content or numbered):
+            return None
+        return Delta(choice=self.index, reasoning=parsed.reasoning, content=content, tool_calls=numbered)
+
+
+@dataclass
+class _Running:
+    """One choice being generated."""
+
+    request: GenerationRequest
+    events: AsyncIterator[Event]
+    choice: _Choice
+    finished: Finished | None = None
+
+
+@dataclass
+class Reply:
+    """A reply on its way. Stream it or fold it, once; then close it."""
+
+    _bridge: Bridge
+    _running: list[_Running]
+    _stack: AsyncExitStack
+    model: str = field(kw_only=True)
+    began: float = field(kw_only=True)
+    created: int = field(default_factory=lambda: int(time.time()), kw_only=True)
+
+    @property
+    def id(self) -> str:
+        """The reply's id, the same on every chunk."""
+        return self._running[0].request.id.partition("/")[0]
+
+    @property
+    def choices(self) -> int:
+        """How many choices the reply has."""
+        return len(self._running)
+
+    async def close(self) -> None:
+        """Cancel whatever still runs. May be called at any time, also twice."""
+        await self._stack.aclose()
+
+    async def stream(self) -> AsyncGenerator[StreamItem, None]:
+        """The reply as it comes. Raises ApiError when the engine gives up."""
+        first_text: float | None = None
+        async with aclosing(self._merged()) as events:
+            async for running, event in events:
+                choice = running.choice
+                if isinstance(event, CanvasDone):
+                    delta = choice.canvas(event.token_ids)
+                    if choice.satisfied:
+                        self._bridge.cancel(running.request.id)
+                else:
+                    running.finished = event
+                    delta = choice.end()
+                if delta is not None:
+                    first_text = first_text or time.monotonic()
+                    yield delta
+                if isinstance(event, Finished):
+                    yield ChoiceDone(choice=choice.index, finish_reason=choice.finish_reason(event))
+        yield self._done(first_text)
+
+    async def fold(self) -> Folded:
+        """The whole reply at once: the sum of its stream."""
+        async with aclosing(self.stream()) as items:
+            return await fold(items, self.choices)
+
+    async def _merged(self) -> AsyncGenerator[tuple[_Running, Event], None]:
+        """Events of all choices in the order they happen."""
+        waiting = {asyncio.ensure_future(anext(running.events)): running for running in self._running}
+        try:
+            while waiting:
+                ready, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for future in sorted(ready, key=lambda each: waiting[each].choice.index):
+                    running = waiting.pop(future)
+                    event = future.result()
+                    if not isinstance(event, Finished):
+                        waiting[asyncio.ensure_future(anext(running.events))] = running
+                    yield running, event
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def _done(self, first_text: float | None) -> ReplyDone:
+        usages = [running.finished.usage for running in self._running if running.finished is not None]
+        return ReplyDone(
+            prompt_tokens=usages[0].prompt_tokens,
+            cached_tokens=usages[0].cached_tokens,
+            completion_tokens=sum(usage.completion_tokens for usage in usages),
+            reasoning_tokens=sum(running.choice.parser.reasoning_tokens for running in self._running),
+            canvases=sum(usage.canvases for usage in usages),
+            steps=sum(usage.denoise_steps for usage in usages),
+            seed=self._running[0].request.sampling.seed,
+            seconds=time.monotonic() - self.began,
+            seconds_to_first_text=None if first_text is None else first_text - self.began,
+        )
+
+
+async def fold(items: AsyncIterator[StreamItem], choices: int) -> Folded:
+    """Add a stream up to the reply it describes."""
+    reasoning, content = [""] * choices, [""] * choices
+    calls: list[tuple[ToolCall, ...]] = [()] * choices
+    reasons: list[FinishReason] = ["stop"] * choices
+    done: ReplyDone | None = None
+    async for item in items:
+        if isinstance(item, Delta):
+            reasoning[item.choice] += item.reasoning
+            content[item.choice] += item.content
+            calls[item.choice] += item.tool_calls
+        elif isinstance(item, ChoiceDone):
+            reasons[item.choice] = item.finish_reason
+        else:
+            done = item
+    assert done is not None, "a stream ends with ReplyDone"
+    folded = zip(reasoning, content, calls, reasons, strict=True)
+    return Folded(tuple(FoldedChoice(*parts) for parts in folded), done)

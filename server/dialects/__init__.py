@@ -1,0 +1,1 @@
+"""Wire formats: one file each, all on the same internal request and stream (`server.exchange`)."""

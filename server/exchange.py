@@ -1,0 +1,92 @@
+"""What every wire format is translated to and from: one internal request, one internal stream.
+
+Knows no HTTP, no wire format, no tokenizer and no engine call. A wire format is an adapter that builds a
+`ChatTask` and renders `Delta`s and `ReplyDone`; nothing else in the server has to change for a new one.
+Invariant: a stream is any number of `Delta`s, then one `ChoiceDone` per choice, then one `ReplyDone`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatTask:
+    """One chat request, checked and free of wire detail.
+
+    `messages` are plain dicts in the form chat templates read: `content` is always a string, tool-call arguments
+    are objects, a tool result carries the name of its tool. `None` in an option means "not asked for".
+    """
+
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    template_options: Mapping[str, Any] = field(default_factory=dict)  # e.g. enable_thinking
+    model: str | None = None
+    max_tokens: int | None = None  # None: what is left of the context
+    temperature: float = 1.0
+    top_p: float = 1.0  # 1 = off
+    top_k: int = 0  # 0 = off
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    choices: int = 1
+    parallel_tool_calls: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToolCall:
+    """A complete call the model made. `arguments` is JSON text of an object."""
+
+    id: str
+    index: int  # 0-based within its choice
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """What one finished canvas (or the end of the reply) adds to one choice. Never empty."""
+
+    choice: int
+    reasoning: str = ""
+    content: str = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChoiceDone:
+    """The end of one choice."""
+
+    choice: int
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplyDone:
+    """The end of the whole reply, with its counts. Tokens of all choices are added up, the prompt counts once."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+    canvases: int
+    steps: int
+    seed: int  # of choice 0; choice i uses seed + i
+    seconds: float  # wall time from acceptance to the end
+    seconds_to_first_text: float | None  # None when no text came
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Reply tokens per denoise pass; 0 when nothing was denoised."""
+        return self.completion_tokens / self.steps if self.steps else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Reply tokens per second of wall time, everything included."""
+        return self.completion_tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+StreamItem = Delta | ChoiceDone | ReplyDone

@@ -1,0 +1,255 @@
+"""Messages to token ids and back: the only file that knows a tokenizer or a chat template.
+
+Client text is data. Before the template runs, every punctuation character that control tokens are written with
+(`<`, `|`, `>`) is swapped for a stand-in character the request does not use; what is left of these characters in
+the rendered text was written by the template. Only there are control tokens recognised; then the stand-ins are
+swapped back and the text between is tokenised with control tokens switched off. Rejected: cutting markers apart with
+a zero-width character (changes the text), and swapping whole markers only (two client strings joined by the
+template can form one).
+Invariant: the ids decode to exactly what the template renders, and no id of a control token comes from a client.
+"""
+
+from __future__ import annotations
+
+import codecs
+import inspect
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+
+from server.errors import invalid
+
+OpensIn = Literal["content", "channel", "reasoning"]
+
+CHANNEL_OPEN = "<|channel>"
+CHANNEL_CLOSE = "<channel|>"
+TURN_OPEN = "<|turn>"
+
+_MARKER_SHAPE = re.compile(r"<\|.+>|<.+\|>")  # Gemma's way of writing a control token
+_NEVER_TEXT = re.compile(r"<unused\d+>")  # reserved ids; noise may hit them, a reply must not show them
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# Stand-ins must survive what templates do to text: printable (Python's repr would escape a private-use character),
+# without case, no whitespace, never escaped in JSON. CJK extension B is 42,720 of them and almost never used.
+_STAND_INS = range(0x20000, 0x2A6E0)
+# Filters fail on odd values in many ways; all of them mean "this template cannot render these messages".
+_RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
+
+
+class ChatTemplate(Protocol):
+    """What is needed of a transformers tokenizer: rendering a conversation to text."""
+
+    def apply_chat_template(self, conversation: list[dict[str, Any]], /, **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered prompt. `opens_in`: what the first reply token belongs to ("channel": a label comes first)."""
+
+    ids: tuple[int, ...]
+    opens_in: OpensIn
+
+
+@dataclass(frozen=True)
+class Marker:
+    """A control token in the reply, by its name. Never shown to a client."""
+
+    name: str
+
+
+class ControlTokens:
+    """The control tokens of one tokenizer, and how to find them in rendered text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.ids: dict[str, int] = {}
+        guarded: set[str] = set()
+        patterns = []
+        for token_id, token in tokenizer.get_added_tokens_decoder().items():
+            name = token.content
+            if not (token.special or _MARKER_SHAPE.fullmatch(name)):
+                continue
+            # Quotes and backslashes are left alone: JSON and repr in a template treat them specially.
+            punctuation = {char for char in name if not (char.isalnum() or char.isspace() or char in "_\"'\\")}
+            if not punctuation:
+                raise ValueError(f"control token {name!r} is spelled like a word: it cannot be told from client text")
+            guarded |= punctuation
+            self.ids[name] = token_id
+            # Stripping belongs to the token: the tokenizer would swallow that whitespace too.
+            before, after = r"\s*" if token.lstrip else "", r"\s*" if token.rstrip else ""
+            patterns.append(f"{before}{re.escape(name)}{after}")
+        self.names = {token_id: name for name, token_id in self.ids.items()}
+        self.punctuation = "".join(sorted(guarded))
+        self._pattern = re.compile("|".join(sorted(patterns, key=len, reverse=True)) or r"(?!)")
+
+    def split(self, text: str) -> Iterator[tuple[str, bool]]:
+        """Cut text into (piece, is it a control token); no piece is empty."""
+        position = 0
+        for match in self._pattern.finditer(text):
+            if match.start() > position:
+                yield text[position : match.start()], False
+            yield match[0].strip(), True
+            position = match.end()
+        if position < len(text):
+            yield text[position:], False
+
+
+class PromptRenderer:
+    """Tokenizer and chat template of one checkpoint. Safe to use from several threads."""
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, special_names: Iterable[str] = ()) -> None:
+        # A copy of our own: the switch below must not leak into the tokenizer the template object owns.
+        self._tokenizer = _without_truncation(tokenizer)
+        self._tokenizer.encode_special_tokens = True  # control tokens in text are plain text
+        self._template = template
+        self.control = ControlTokens(tokenizer)
+        parameters = inspect.signature(template.apply_chat_template).parameters
+        self._reserved = frozenset(parameters) | frozenset(special_names) | {"messages"}
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> PromptRenderer:
+        """Load from a checkpoint folder or hub id. Raises ValueError or OSError naming what is missing."""
+        from transformers import AutoTokenizer  # deferred: importing it takes seconds
+
+        loaded: Any = AutoTokenizer.from_pretrained(str(path))
+        backend = getattr(loaded, "backend_tokenizer", None)
+        if not isinstance(backend, Tokenizer):
+            raise ValueError(f"{path}: a fast tokenizer (tokenizer.json) is needed")
+        if not loaded.chat_template:
+            raise ValueError(f"{path}: no chat template (chat_template.jinja) beside the tokenizer")
+        return cls(backend, loaded, loaded.special_tokens_map)
+
+    def render(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        tools: Iterable[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> Prompt:
+        """Messages, tools and template options to ids. Raises ApiError (400) when the template cannot render them."""
+        options = options or {}
+        for name in options:
+            if name in self._reserved:
+                raise invalid(f"'{name}' cannot be set by a request", param=f"chat_template_kwargs.{name}")
+        request = {"messages": list(messages), "tools": list(tools), "options": dict(options)}
+        guard, restore = self._stand_ins(request)
+        guarded = _map_strings(request, lambda text: text.translate(guard))
+        try:
+            text = self._template.apply_chat_template(
+                guarded["messages"],
+                tools=guarded["tools"] or None,
+                tokenize=False,
+                add_generation_prompt=True,
+                **guarded["options"],
+            )
+        except _RENDER_ERRORS as error:
+            raise invalid(
+                f"The model's chat template cannot render these messages: {error}"[:500], param="messages"
+            ) from error
+        ids: list[int] = []
+        for piece, is_control in self.control.split(text):
+            ids += [self.control.ids[piece]] if is_control else self.encode(piece.translate(restore))
+        return Prompt(tuple(ids), self._opens_in(ids))
+
+    def encode(self, text: str) -> list[int]:
+        """Tokenise plain text; whatever it contains, no id of a control token comes out."""
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if self.control.names.keys().isdisjoint(ids):
+            return ids
+        # A tokenizer whose merges lead to a control token's text: keep its first character apart from the rest.
+        pieces = []
+        for piece, is_control in self.control.split(text):
+            pieces += [piece[0], piece[1:]] if is_control else [piece]
+        return [token for piece in pieces for token in self._tokenizer.encode(piece, add_special_tokens=False).ids]
+
+    def detokenizer(self) -> Detokenizer:
+        """A fresh detokenizer for one reply."""
+        return Detokenizer(self._tokenizer, self.control)
+
+    def _stand_ins(self, request: Any) -> tuple[dict[int, str], dict[int, str]]:
+        used: set[str] = set()
+
+        def note(text: str) -> str:
+            used.update(text)
+            return text
+
+        _map_strings(request, note)
+        needed = [char for char in self.control.punctuation if char in used]
+        free = (chr(code) for code in _STAND_INS if chr(code) not in used)
+        chosen = list(zip(needed, free, strict=False))
+        if len(chosen) < len(needed):
+            raise invalid("The messages use every character of a whole script.", param="messages")
+        return {ord(char): stand_in for char, stand_in in chosen}, {ord(stand_in): char for char, stand_in in chosen}
+
+    def _opens_in(self, ids: list[int]) -> OpensIn:
+        def last(name: str) -> int:
+            token_id = self.control.ids.get(name)
+            return len(ids) - 1 - ids[::-1].index(token_id) if token_id in ids else -1
+
+        opened = last(CHANNEL_OPEN)
+        if opened < 0 or opened < max(last(CHANNEL_CLOSE), last(TURN_OPEN)):
+            return "content"
+        return "channel" if opened == len(ids) - 1 else "reasoning"
+
+
+class Detokenizer:
+    """Ids of one reply to text, one at a time, without ever cutting a character in two.
+
+    Text that is spelled in byte tokens appears when its last byte has come, also across canvases. The pieces
+    together are the same however the ids were grouped.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, control: ControlTokens) -> None:
+        self._tokenizer = tokenizer
+        self._control = control
+        self._bytes = _new_byte_decoder()
+
+    def push(self, token_id: int) -> list[str | Marker]:
+        """What this token adds: text pieces (never empty) and markers, in order."""
+        name = self._tokenizer.id_to_token(token_id)
+        if name is None:  # the model's vocabulary may be padded beyond the tokenizer's
+            return []
+        byte = _BYTE_TOKEN.fullmatch(name)
+        if byte and token_id not in self._control.names:
+            text = self._bytes.decode(bytes([int(byte[1], 16)]))
+            return [text] if text else []
+        pieces: list[str | Marker] = list(self.finish())
+        if token_id in self._control.names:
+            pieces.append(Marker(self._control.names[token_id]))
+        elif _NEVER_TEXT.fullmatch(name):
+            pieces.append(Marker(name))
+        else:
+            text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+            if text:
+                pieces.append(text)
+        return pieces
+
+    def finish(self) -> list[str]:
+        """What an unfinished character at the end comes to: the replacement character."""
+        text = self._bytes.decode(b"", final=True)
+        self._bytes = _new_byte_decoder()
+        return [text] if text else []
+
+
+def _new_byte_decoder() -> codecs.IncrementalDecoder:
+    return codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+
+def _without_truncation(tokenizer: Tokenizer) -> Tokenizer:
+    copy: Tokenizer = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
+    return copy
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    """Apply `change` to every string of a JSON value, keys included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {_map_strings(key, change): _map_strings(each, change) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_map_strings(each, change) for each in value]
+    return value

@@ -1,0 +1,277 @@
+"""Stand-ins for tests: a scripted engine and a small fast tokenizer with Gemma's control tokens.
+
+They know no server module. Invariant: `FakeEngine` keeps every rule of `engine.interface.Engine`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+from engine import (
+    CanvasDone,
+    EngineInfo,
+    Event,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    QueueFull,
+    RequestTooLong,
+    Usage,
+)
+
+CONTROL = {
+    "<pad>": 0,
+    "<eos>": 1,
+    "<bos>": 2,
+    "<unk>": 3,
+    "<mask>": 4,
+    "<|tool>": 46,
+    "<tool|>": 47,
+    "<|tool_call>": 48,
+    "<tool_call|>": 49,
+    "<|tool_response>": 50,
+    "<tool_response|>": 51,
+    '<|"|>': 52,
+    "<|image|>": 55,
+    "<|think|>": 98,
+    "<|channel>": 100,
+    "<channel|>": 101,
+    "<|turn>": 105,
+    "<turn|>": 106,
+}
+
+TEMPLATE = """
+{%- macro value(v) -%}
+{%- if v is string -%}<|"|>{{ v }}<|"|>
+{%- elif v is boolean -%}{{ 'true' if v else 'false' }}
+{%- elif v is none -%}null
+{%- elif v is mapping -%}{{ '{' }}{% for k, e in v | dictsort %}{{ k }}:{{ value(e) }}{{ ',' if not loop.last }}{% endfor %}{{ '}' }}
+{%- elif v is sequence -%}[{% for e in v %}{{ value(e) }}{{ ',' if not loop.last }}{% endfor %}]
+{%- else -%}{{ v }}{%- endif -%}
+{%- endmacro -%}
+{%- macro fields(d) -%}{% for k, e in d | dictsort %}{{ k }}:{{ value(e) }}{{ ',' if not loop.last }}{% endfor %}{%- endmacro -%}
+{{- '<bos>' -}}
+{%- set ns = namespace(open=false) -%}
+{%- set has_system = messages and messages[0].role in ('system', 'developer') -%}
+{%- if enable_thinking or tools or has_system -%}
+{{- '<|turn>system\\n' -}}
+{%- if enable_thinking -%}{{- '<|think|>\\n' -}}{%- endif -%}
+{%- if has_system -%}{{- messages[0].content | trim -}}{%- endif -%}
+{%- for t in tools or [] -%}
+{{- '<|tool>declaration:' + t.function.name + '{' + fields({'description': t.function.description or '', 'parameters': t.function.parameters or {}}) + '}<tool|>' -}}
+{%- endfor -%}
+{{- '<turn|>\\n' -}}
+{%- endif -%}
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}{{- '<|turn>user\\n' + m.content | trim + '<turn|>\\n' -}}
+{%- elif m.role in ('system', 'developer') and not loop.first -%}{{- '<|turn>system\\n' + m.content + '<turn|>\\n' -}}
+{%- elif m.role == 'assistant' -%}
+{%- if not ns.open -%}{{- '<|turn>model\\n' -}}{%- endif -%}
+{%- set ns.open = false -%}
+{%- for c in m.tool_calls or [] -%}{{- '<|tool_call>call:' + c.function.name + '{' + fields(c.function.arguments) + '}<tool_call|>' -}}{%- set ns.open = true -%}{%- endfor -%}
+{{- m.content -}}
+{%- if not ns.open -%}{{- '<turn|>\\n' -}}{%- endif -%}
+{%- elif m.role == 'tool' -%}{{- '<|tool_response>response:' + m.name + '{value:' + value(m.content) + '}<tool_response|>' -}}{%- set ns.open = true -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if not ns.open -%}{{- '<|turn>model\\n' -}}
+{%- elif enable_thinking -%}{{- '<|channel>thought\\n' -}}{%- endif -%}
+"""  # noqa: E501
+
+
+def byte_tokenizer(**options: Any) -> Tokenizer:
+    """Gemma-like: control tokens at Gemma 4's ids, one token per byte or per printable ASCII character."""
+    vocabulary = {f"<unused{index}>": index for index in range(107)}
+    vocabulary = {name: index for name, index in vocabulary.items() if index not in CONTROL.values()} | CONTROL
+    vocabulary["\n"] = 107
+    for byte in range(256):
+        vocabulary[f"<0x{byte:02X}>"] = 108 + byte
+    for char in [chr(code) for code in range(33, 127)] + ["\u2581"]:
+        vocabulary[char] = len(vocabulary)
+    for word in ("he", "ll", "hell"):
+        vocabulary[word] = len(vocabulary)
+    merges = [("h", "e"), ("l", "l"), ("he", "ll")]
+    tokenizer = Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>", **options)
+    )
+    tokenizer.normalizer = normalizers.Replace(" ", "\u2581")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in CONTROL])
+    return tokenizer
+
+
+class Template:
+    """Renders `TEMPLATE`; the part of a transformers tokenizer that the prompt renderer needs."""
+
+    def __init__(self, source: str = TEMPLATE) -> None:
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        self._template = environment.from_string(source)
+
+    def apply_chat_template(
+        self,
+        conversation: list[dict[str, Any]],
+        tools: list[Any] | None = None,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        **options: Any,
+    ) -> str:
+        return self._template.render(
+            messages=conversation, tools=tools, add_generation_prompt=add_generation_prompt, **options
+        )
+
+
+@dataclass(frozen=True)
+class Script:
+    """What the fake says to one request: canvases of ids, then how it ends."""
+
+    canvases: Sequence[Sequence[int]] = ()
+    reason: FinishReason = "stop"
+    stop_id: int | None = 106
+    error: str | None = None
+    steps: int = 3  # per canvas
+    step_seconds: float = 0.0
+
+
+def script(*canvases: str, **options: Any) -> Script:
+    """A script from text with control tokens in it."""
+    tokenizer = byte_tokenizer()
+    return Script([tokenizer.encode(text, add_special_tokens=False).ids for text in canvases], **options)
+
+
+@dataclass
+class _Running:
+    request: GenerationRequest
+    script: Script
+    canvas: int = 0
+    step: int = 0
+    tokens: int = 0
+    steps: int = 0
+
+
+@dataclass
+class FakeEngine:
+    """Plays scripts, one request at a time, one `step` per denoise pass, each call on one and the same thread."""
+
+    scripts: Callable[[GenerationRequest], Script] | Sequence[Script]
+    context_length: int = 4096
+    max_waiting: int = 64
+    requests: list[GenerationRequest] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    steps: int = 0
+    closed: bool = False
+    crash_at_step: int | None = None
+
+    def __post_init__(self) -> None:
+        self._queue: deque[_Running] = deque()
+        self._cancel: set[str] = set()
+        self._thread: int | None = None
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            model_path="fake",
+            canvas_length=64,
+            context_length=self.context_length,
+            vocab_size=512,
+            eos_ids=frozenset({1, 106, 50}),
+            device="cpu",
+            dtype="float32",
+            format="fp32",
+            kernels="reference",
+            parameters=0,
+            weight_bytes=0,
+            kv_bytes=0,
+            load_seconds=0.0,
+        )
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._queue)
+
+    def submit(self, request: GenerationRequest) -> None:
+        self._check_thread()
+        if len(request.prompt_ids) + 1 > self.context_length:
+            raise RequestTooLong(len(request.prompt_ids), self.context_length)
+        if len(self._queue) > self.max_waiting:
+            raise QueueFull("full")
+        said = self.scripts(request) if callable(self.scripts) else self.scripts[len(self.requests) % len(self.scripts)]
+        self.requests.append(request)
+        self._queue.append(_Running(request, said))
+
+    def cancel(self, request_id: str) -> None:
+        self._check_thread()
+        self.cancelled.append(request_id)
+        self._cancel.add(request_id)
+
+    def step(self) -> list[Event]:
+        self._check_thread()
+        self.steps += 1
+        if self.crash_at_step is not None and self.steps >= self.crash_at_step:
+            raise RuntimeError("the fake engine broke")
+        events: list[Event] = []
+        for running in [each for each in self._queue if each.request.id in self._cancel]:
+            events.append(self._finish(running, "cancelled"))
+        self._cancel.clear()
+        if self._queue and not events:
+            events += self._advance(self._queue[0])
+        return events
+
+    def close(self) -> None:
+        self.closed = True
+        self._thread = None  # another bridge may take it over
+
+    def _advance(self, running: _Running) -> list[Event]:
+        said = running.script
+        time.sleep(said.step_seconds)
+        if running.canvas >= len(said.canvases):
+            return [self._finish(running, said.reason)]
+        running.step += 1
+        running.steps += 1
+        if running.step < said.steps:
+            return []
+        left = running.request.max_tokens - running.tokens
+        ids = tuple(said.canvases[running.canvas])[:left]
+        running.tokens += len(ids)
+        events: list[Event] = [
+            CanvasDone(request_id=running.request.id, index=running.canvas, token_ids=ids, steps=running.step)
+        ]
+        running.canvas += 1
+        running.step = 0
+        if running.tokens >= running.request.max_tokens:
+            events.append(self._finish(running, "length"))
+        elif running.canvas == len(said.canvases) and said.reason != "error":
+            events.append(self._finish(running, said.reason))
+        return events
+
+    def _finish(self, running: _Running, reason: FinishReason) -> Finished:
+        self._queue.remove(running)
+        self.ended.append(running.request.id)
+        stopped = reason == "stop"
+        usage = Usage(
+            prompt_tokens=len(running.request.prompt_ids),
+            completion_tokens=running.tokens + stopped,
+            canvases=running.canvas,
+            denoise_steps=running.steps,
+        )
+        return Finished(
+            request_id=running.request.id,
+            reason=reason,
+            usage=usage,
+            stop_id=running.script.stop_id if stopped else None,
+            error=running.script.error if reason == "error" else None,
+        )
+
+    def _check_thread(self) -> None:
+        current = threading.get_ident()
+        if self._thread is None:
+            self._thread = current
+        assert self._thread == current, "the engine was touched from two threads"
