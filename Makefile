@@ -12,11 +12,12 @@ BIN := .venv/bin
 # A stamp per extra, so that a second start installs nothing until the pinned versions change.
 STAMP := .venv/.installed
 INPUTS := pyproject.toml constraints.txt
-# Says nothing but errors; the rest of what pip says is kept in a log.
+# What pip says goes to a log; when it fails, the end of the log is shown.
 LOG := .venv/install.log
-INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --no-input --log $(LOG) -c constraints.txt
-FAILED := { echo "The installation failed; all that pip said is in $(LOG)." >&2; exit 1; }
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off -c constraints.txt
+FAILED := { grep -v '^WARNING' $(LOG) | tail -n 15 >&2; echo "The installation failed; all of it is in $(LOG)." >&2; exit 1; }
 
+.NOTPARALLEL:
 .PHONY: help serve test check bench clean
 
 help:
@@ -40,14 +41,14 @@ check: $(STAMP)-dev
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
-$(STAMP)-run: $(INPUTS) $(BIN)/python
+$(STAMP)-run: $(INPUTS) | $(BIN)/python
 	@echo "Installing easel into .venv (the first time takes a few minutes) ..."
-	@$(INSTALL) -e . || $(FAILED)
+	@$(PIP) -e . >$(LOG) 2>&1 || $(FAILED)
 	@touch $@
 
-$(STAMP)-test $(STAMP)-dev: $(STAMP)-%: $(INPUTS) $(BIN)/python
+$(STAMP)-test $(STAMP)-dev: $(STAMP)-%: $(INPUTS) | $(BIN)/python
 	@echo "Installing easel[$*] into .venv (the first time takes a few minutes) ..."
-	@$(INSTALL) -e '.[$*]' || $(FAILED)
+	@$(PIP) -e '.[$*]' >$(LOG) 2>&1 || $(FAILED)
 	@touch $@
 
 # Any Python from 3.11 on that can make a virtual environment; `make PYTHON=/path/to/python3 serve` names one.
