@@ -185,7 +185,7 @@ def test_a_bound_port_cannot_be_bound_again() -> None:
 def test_addresses_are_shown_as_a_client_types_them() -> None:
     with closing(bind("0.0.0.0", 0)) as wildcard:
         assert url(wildcard).startswith("http://127.0.0.1:")
-    with pytest.raises(AddressError, match="no such address: no.such.host.invalid"):
+    with pytest.raises(AddressError, match=r"no such address: no\.such"):
         bind("no.such.host.invalid", 0)
 
 
