@@ -138,8 +138,9 @@ def table(results: Iterable[Measured]) -> Table:
         "ms per step": _shown(total["milliseconds_per_step"], 1),
         "tokens/s": _shown(total["tokens_per_second"], 1),
     }
+    shown.add_column("prompt", columns.pop("prompt"), no_wrap=True, min_width=14)
     for name, footer in columns.items():
-        shown.add_column(name, footer, justify="left" if name == "prompt" else "right", overflow="fold")
+        shown.add_column(name, footer, justify="right")
     for row in rows:
         one = summary([row])
         shown.add_row(
