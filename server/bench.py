@@ -11,8 +11,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from statistics import median
+from textwrap import shorten
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from engine import CanvasDone, Engine, EngineError, Finished, GenerationRequest, Sampling, Usage
@@ -127,24 +129,31 @@ def table(results: Iterable[Measured]) -> Table:
     """The same figures for people."""
     rows = list(results)
     total = summary(rows)
-    shown = Table(title="wall clock, prompt included", title_style="dim", show_footer=True)
+    shown = Table(
+        title="wall clock, prompt included",
+        title_style="dim",
+        show_footer=True,
+        box=SIMPLE,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     columns = {
         "prompt": f"{total['requests']} requests",
         "tokens": str(total["completion_tokens"]),
         "canvases": str(sum(row.canvases for row in rows)),
-        "steps per canvas": _shown(total["steps_per_canvas"], 1),
-        "tokens per forward": _shown(total["tokens_per_forward"], 2),
-        "first text (s)": _shown(total["seconds_to_first_text"], 3),
-        "ms per step": _shown(total["milliseconds_per_step"], 1),
+        "steps/\ncanvas": _shown(total["steps_per_canvas"], 1),
+        "tokens/\nforward": _shown(total["tokens_per_forward"], 2),
+        "first\ntext (s)": _shown(total["seconds_to_first_text"], 3),
+        "ms/\nstep": _shown(total["milliseconds_per_step"], 1),
         "tokens/s": _shown(total["tokens_per_second"], 1),
     }
-    shown.add_column("prompt", columns.pop("prompt"), no_wrap=True, min_width=14)
+    shown.add_column("prompt", columns.pop("prompt"), no_wrap=True)
     for name, footer in columns.items():
-        shown.add_column(name, footer, justify="right")
+        shown.add_column(name, footer, justify="right", no_wrap=True)
     for row in rows:
         one = summary([row])
         shown.add_row(
-            row.prompt,
+            shorten(row.prompt, width=20, placeholder="…"),
             str(row.completion_tokens),
             str(row.canvases),
             _shown(one["steps_per_canvas"], 1),
