@@ -143,9 +143,9 @@ def table(results: Iterable[Measured]) -> Table:
         "canvases": str(sum(row.canvases for row in rows)),
         "steps/\ncanvas": _shown(total["steps_per_canvas"], 1),
         "tokens/\nforward": _shown(total["tokens_per_forward"], 2),
-        "first\ntext (s)": _shown(total["seconds_to_first_text"], 3),
+        "first\ntext s": _shown(total["seconds_to_first_text"], 3),
         "ms/\nstep": _shown(total["milliseconds_per_step"], 1),
-        "tokens/s": _shown(total["tokens_per_second"], 1),
+        "tokens\n/s": _shown(total["tokens_per_second"], 1),
     }
     shown.add_column("prompt", columns.pop("prompt"), no_wrap=True)
     for name, footer in columns.items():
@@ -153,7 +153,7 @@ def table(results: Iterable[Measured]) -> Table:
     for row in rows:
         one = summary([row])
         shown.add_row(
-            shorten(row.prompt, width=20, placeholder="…"),
+            shorten(row.prompt, width=16, placeholder="…"),
             str(row.completion_tokens),
             str(row.canvases),
             _shown(one["steps_per_canvas"], 1),
