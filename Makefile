@@ -1,0 +1,64 @@
+# The two commands a newcomer needs: `make serve` and `make test`. Everything lives in .venv; nothing else is touched.
+#   make serve [PORT=8123] [ARGS="--model ..."]   install if need be, start the server with the bundled demo model
+#   make test  [ARGS="-k canvas"]                 the whole test suite
+#   make check                                    ruff, ruff format, mypy --strict, import contracts
+#   make bench [ARGS="--requests 5"]              speed of the bundled demo model on this machine
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PORT ?=
+ARGS ?=
+BIN := .venv/bin
+# A stamp per extra, so that a second start installs nothing until the pinned versions change.
+STAMP := .venv/.installed
+INPUTS := pyproject.toml constraints.txt
+# What pip says goes to a log; when it fails, the end of the log is shown.
+LOG := .venv/install.log
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off -c constraints.txt
+FAILED := { grep -v '^WARNING' $(LOG) | tail -n 15 >&2; echo "The installation failed; all of it is in $(LOG)." >&2; exit 1; }
+
+.NOTPARALLEL:
+.PHONY: help serve test check bench clean
+
+help:
+	@sed -n '2,5s/^#   //p' Makefile
+
+serve: $(STAMP)-run
+	@exec $(BIN)/easel serve $(if $(PORT),--port $(PORT)) $(ARGS)
+
+bench: $(STAMP)-run
+	@$(BIN)/easel bench $(ARGS)
+
+test: $(STAMP)-test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(STAMP)-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(STAMP)-run: $(INPUTS) | $(BIN)/python
+	@echo "Installing easel into .venv (the first time takes a few minutes) ..."
+	@$(PIP) -e . >$(LOG) 2>&1 || $(FAILED)
+	@touch $@
+
+$(STAMP)-test $(STAMP)-dev: $(STAMP)-%: $(INPUTS) | $(BIN)/python
+	@echo "Installing easel[$*] into .venv (the first time takes a few minutes) ..."
+	@$(PIP) -e '.[$*]' >$(LOG) 2>&1 || $(FAILED)
+	@touch $@
+
+# Any Python from 3.11 on that can make a virtual environment; `make PYTHON=/path/to/python3 serve` names one.
+$(BIN)/python:
+	@for candidate in $(PYTHON) python3 python3.13 python3.12 python3.11 python; do \
+	  if "$$candidate" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then \
+	    "$$candidate" -m venv .venv && exit 0; \
+	    rm -rf .venv; exit 1; \
+	  fi; \
+	done; \
+	echo "easel needs Python 3.11 or newer with its venv module, and found none." >&2; \
+	echo "Install one (Debian, Ubuntu: apt install python3-venv) or name it: make PYTHON=/path/to/python3 serve" >&2; \
+	exit 1

@@ -1,0 +1,235 @@
+"""Looks at this machine and says what can run here, what is wrong, and what to do about it.
+
+Asks the driver and torch in processes of their own, so that a broken installation is a finding and not a crash.
+Loads no model. Invariant: every problem carries what to do; nothing is reported that was not looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from server.address import AddressError, bind
+
+GB = 1e9
+# What a step needs beside the weights: KV for some ten thousand tokens, logits, work space.
+WORKING_BYTES = 4 * GB
+
+
+@dataclass(frozen=True)
+class Format:
+    """A storage format the published checkpoint comes in."""
+
+    name: str
+    weight_bytes: float
+    loadable: bool  # by this version
+
+
+FORMATS = (
+    Format("bf16", 51.6 * GB, True),
+    Format("fp8", 25.3 * GB, False),
+    Format("nvfp4", 18.8 * GB, False),
+    Format("int4", 17.2 * GB, False),
+)
+
+_TORCH_PROBE = """
+import json, torch
+gpus = []
+if torch.cuda.is_available():
+    for index in range(torch.cuda.device_count()):
+        chip = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        gpus.append({"name": chip.name, "capability": [chip.major, chip.minor], "total": total, "free": free})
+print(json.dumps({"version": torch.__version__, "cuda": torch.version.cuda,
+                  "architectures": torch.cuda.get_arch_list(), "gpus": gpus}))
+"""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `advice` says what to do and is never empty for a problem."""
+
+    level: Literal["good", "note", "problem"]
+    what: str
+    advice: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """A GPU as torch sees it; bytes of memory."""
+
+    name: str
+    capability: tuple[int, int]
+    total: int
+    free: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Torch:
+    """The installed torch. `cuda` is the version it was built for; None = built without."""
+
+    version: str
+    cuda: str | None
+    architectures: tuple[str, ...]
+    gpus: tuple[Gpu, ...]
+
+
+def findings(host: str, port: int) -> Iterator[Finding]:
+    """Everything about this machine, slowest last."""
+    yield Finding("good", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    memory = machine_memory()
+    yield Finding("good", f"CPU: {cpu_name()}, {os.cpu_count()} threads, {memory / GB:.1f} GB of memory")
+    yield check_port(host, port)
+    try:
+        torch = probe_torch()
+    except ProbeError as error:
+        yield Finding(
+            "problem", f"torch does not work here: {error}", "Install it anew: rm -rf .venv, then make serve."
+        )
+        return
+    yield from check_torch(torch, driver())
+    yield from check_fit(torch.gpus)
+
+
+def check_port(host: str, port: int) -> Finding:
+    """Whether the server could listen there now."""
+    try:
+        bind(host, port).close()
+    except AddressError as error:
+        return Finding("problem", f"Port: {error}", "Stop what uses it (perhaps another easel), or use another port.")
+    return Finding("good", f"Port {port} on {host} is free")
+
+
+class ProbeError(Exception):
+    """The probe did not answer; the message is the last thing it said."""
+
+
+def probe_torch() -> Torch:
+    """What the installed torch says of itself and the GPUs. Raises ProbeError."""
+    try:
+        done = subprocess.run([sys.executable, "-c", _TORCH_PROBE], capture_output=True, text=True, timeout=120)
+    except subprocess.TimeoutExpired:
+        raise ProbeError("no answer within two minutes") from None
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise ProbeError(said[-1])
+    facts = json.loads(done.stdout.strip().splitlines()[-1])
+    gpus = tuple(
+        Gpu(
+            name=gpu["name"],
+            capability=(gpu["capability"][0], gpu["capability"][1]),
+            total=gpu["total"],
+            free=gpu["free"],
+        )
+        for gpu in facts["gpus"]
+    )
+    return Torch(version=facts["version"], cuda=facts["cuda"], architectures=tuple(facts["architectures"]), gpus=gpus)
+
+
+def driver() -> Mapping[str, str]:
+    """GPU name -> driver version, as the NVIDIA driver reports them; empty without a driver or a GPU."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return {}
+    if done.returncode != 0:
+        return {}
+    rows = (line.rsplit(",", 1) for line in done.stdout.splitlines() if "," in line)
+    return {name.strip(): version.strip() for name, version in rows}
+
+
+def check_torch(torch: Torch, drivers: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether torch, its CUDA build, the driver and each GPU go together."""
+    built = f"built for CUDA {torch.cuda}" if torch.cuda else "built without CUDA"
+    yield Finding("good", f"torch {torch.version}, {built}")
+    if drivers and not torch.cuda:
+        yield Finding(
+            "problem",
+            f"There is a GPU ({', '.join(drivers)}), but torch was built without CUDA",
+            "Install a CUDA build of torch into .venv; until then everything runs on the CPU.",
+        )
+    elif drivers and not torch.gpus:
+        versions = ", ".join(sorted(set(drivers.values())))
+        yield Finding(
+            "problem",
+            f"There is a GPU ({', '.join(drivers)}), but torch cannot use it with driver {versions}",
+            f"Update the NVIDIA driver to one for CUDA {torch.cuda} or later, and look at CUDA_VISIBLE_DEVICES.",
+        )
+    elif not drivers and not torch.gpus:
+        yield Finding("note", "No NVIDIA GPU: models run on the CPU", "Fine for the demo model.")
+    for gpu in torch.gpus:
+        major, minor = gpu.capability
+        text = f"GPU: {gpu.name}, compute capability {major}.{minor}, driver {drivers.get(gpu.name, 'unknown')}, "
+        text += f"{gpu.total / GB:.1f} GB of memory, {gpu.free / GB:.1f} GB free"
+        if runs_on(torch.architectures, gpu.capability):
+            yield Finding("good", text)
+        else:
+            yield Finding(
+                "problem",
+                f"{text}; this torch holds no code for it (only {', '.join(torch.architectures)})",
+                f"Install a torch build that supports compute capability {major}.{minor}.",
+            )
+
+
+def runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether a torch build has code for a chip: binaries serve later minors of their major, PTX all later chips."""
+    for name in architectures:
+        found = re.fullmatch(r"(sm|compute)_(\d+)(\d)([af]?)", name)
+        if not found:
+            continue
+        built = (int(found[2]), int(found[3]))
+        if found[4] == "a":
+            fits = built == capability
+        elif found[1] == "compute" and not found[4]:
+            fits = built <= capability
+        else:
+            fits = built[0] == capability[0] and built[1] <= capability[1]
+        if fits:
+            return True
+    return False
+
+
+def check_fit(gpus: Sequence[Gpu]) -> Iterator[Finding]:
+    """Which format of the published checkpoint fits the largest GPU."""
+    if not gpus:
+        sizes = ", ".join(f"{form.name} {form.weight_bytes / GB:.1f} GB" for form in FORMATS)
+        yield Finding("note", f"The published checkpoint needs a GPU ({sizes})", "The bundled demo model runs here.")
+        return
+    gpu = max(gpus, key=lambda each: each.total)
+    for form in FORMATS:
+        size = f"{form.name}: {form.weight_bytes / GB:.1f} GB of weights"
+        needed = form.weight_bytes + WORKING_BYTES
+        if needed > gpu.total:
+            yield Finding("note", f"{size} do not fit this GPU (about {needed / GB:.0f} GB needed)")
+        elif not form.loadable:
+            yield Finding("note", f"{size} would fit this GPU, but this version cannot load the format yet")
+        elif needed > gpu.free:
+            advice = "Stop what else uses the GPU (nvidia-smi lists it)."
+            yield Finding("problem", f"{size} fit this GPU, but only {gpu.free / GB:.1f} GB are free", advice)
+        else:
+            yield Finding("good", f"{size} fit this GPU")
+
+
+def cpu_name() -> str:
+    """The processor's marketing name, or the nearest thing the system knows."""
+    listing = Path("/proc/cpuinfo")
+    if listing.is_file():
+        for line in listing.read_text(encoding="utf-8", errors="replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() in ("model name", "Model") and value.strip():
+                return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def machine_memory() -> int:
+    """Bytes of main memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

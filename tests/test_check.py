@@ -1,0 +1,230 @@
+"""`easel check`: what it says about machines and checkpoints it has not seen before."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server import check, cli
+from server.check import GB, Finding, Gpu, Torch, check_fit, check_port, check_torch, runs_on
+from server.checkpoint_check import check_checkpoint
+
+CPU_TORCH = Torch(version="2.13.0+cpu", cuda=None, architectures=(), gpus=())
+
+
+def _gpu(total: float, free: float | None = None, capability: tuple[int, int] = (9, 0)) -> Gpu:
+    return Gpu(name="Chip", capability=capability, total=int(total * GB), free=int((free or total) * GB))
+
+
+def _torch(*gpus: Gpu) -> Torch:
+    return Torch(version="2.13.0", cuda="13.0", architectures=("sm_80", "sm_90", "sm_120"), gpus=gpus)
+
+
+def _levels(findings: list[Finding]) -> dict[str, str]:
+    return {finding.what.split(":")[0]: finding.level for finding in findings}
+
+
+def test_a_machine_without_gpu_is_no_problem() -> None:
+    found = [*check_torch(CPU_TORCH, {}), *check_fit(())]
+    assert {finding.level for finding in found} == {"good", "note"}
+
+
+def test_torch_without_cuda_beside_a_gpu_is_a_problem() -> None:
+    (problem,) = (f for f in check_torch(CPU_TORCH, {"Chip": "580.1"}) if f.level == "problem")
+    assert "built without CUDA" in problem.what
+    assert "CUDA build" in problem.advice
+
+
+def test_a_driver_torch_cannot_use_is_a_problem() -> None:
+    (problem,) = (f for f in check_torch(_torch(), {"Chip": "470.1"}) if f.level == "problem")
+    assert "470.1" in problem.what
+    assert "CUDA 13.0" in problem.advice
+
+
+def test_a_chip_this_torch_has_no_code_for_is_a_problem() -> None:
+    old = _gpu(8, capability=(7, 5))
+    assert [f.level for f in check_torch(_torch(_gpu(80)), {"Chip": "580.1"})] == ["good", "good"]
+    (problem,) = (f for f in check_torch(_torch(old), {"Chip": "580.1"}) if f.level == "problem")
+    assert "7.5" in problem.advice
+
+
+@pytest.mark.parametrize(
+    ("architectures", "capability", "expected"),
+    [
+        (("sm_80",), (8, 6), True),
+        (("sm_86",), (8, 0), False),
+        (("sm_90",), (12, 0), False),
+        (("sm_90", "compute_90"), (12, 0), True),
+        (("sm_120",), (12, 1), True),
+        (("sm_90a",), (9, 0), True),
+        (("sm_100a",), (10, 3), False),
+        (("sm_100f",), (10, 3), True),
+        ((), (8, 0), False),
+    ],
+)
+def test_which_chips_a_build_runs_on(
+    architectures: tuple[str, ...], capability: tuple[int, int], expected: bool
+) -> None:
+    assert runs_on(architectures, capability) is expected
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "fitting"),
+    [(80, {"bf16", "fp8", "nvfp4", "int4"}), (34, {"fp8", "nvfp4", "int4"}), (25.7, {"nvfp4", "int4"}), (16, set())],
+)
+def test_which_formats_fit(gigabytes: float, fitting: set[str]) -> None:
+    found = list(check_fit([_gpu(gigabytes)]))
+    assert {f.what.split(":")[0] for f in found if "do not fit" not in f.what} == fitting
+    # Only what this version can load is called good.
+    assert {name for name, level in _levels(found).items() if level == "good"} == fitting & {"bf16"}
+
+
+def test_a_gpu_in_use_is_a_problem() -> None:
+    found = list(check_fit([_gpu(80, free=20)]))
+    assert _levels(found)["bf16"] == "problem"
+
+
+def test_every_problem_says_what_to_do() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = check_port("127.0.0.1", taken.getsockname()[1])
+    found = [port, *check_torch(CPU_TORCH, {"Chip": "1"}), *check_fit([_gpu(80, free=1)])]
+    problems = [finding for finding in found if finding.level == "problem"]
+    assert len(problems) == 3
+    assert all(problem.advice for problem in problems)
+
+
+def test_a_broken_torch_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "_TORCH_PROBE", "raise ImportError('libcudart is missing')")
+    last = list(check.findings("127.0.0.1", 0))[-1]
+    assert last.level == "problem"
+    assert "libcudart is missing" in last.what
+
+
+def test_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("EASEL_PORT", "EASEL_MODEL"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit) as left:
+        cli.main(["check", "--port", "0"])
+    said = capsys.readouterr().out
+    assert "torch 2." in said
+    assert "DiffusionGemma, canvas of" in said
+    assert left.value.code == (1 if "problem " in said else 0)
+
+
+# Checkpoint folders
+
+
+def _write_tensors(path: Path, tensors: dict[str, str], *, cut: int = 0) -> None:
+    """A safetensors file whose tensors all hold four bytes."""
+    entries = {
+        name: {"dtype": dtype, "shape": [2], "data_offsets": [4 * i, 4 * i + 4]}
+        for i, (name, dtype) in enumerate(tensors.items())
+    }
+    header = json.dumps(entries).encode()
+    content = struct.pack("<Q", len(header)) + header + bytes(4 * len(tensors))
+    path.write_bytes(content[: len(content) - cut])
+
+
+NAMES = ["model.decoder.embed_tokens.weight", "model.decoder.norm.weight", "model.decoder.layers.0.layer_scalar"]
+
+
+def _checkpoint(folder: Path, *, dtype: str = "BF16", names: list[str] = NAMES, **config: Any) -> Path:
+    basis = {"model_type": "diffusion_gemma", "canvas_length": 8, "text_config": {"num_hidden_layers": 1}}
+    (folder / "config.json").write_text(json.dumps(basis | config))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": "x"}))
+    for name in ("generation_config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    _write_tensors(folder / "model.safetensors", dict.fromkeys(names, dtype))
+    return folder
+
+
+def _only_problem(folder: Path) -> str:
+    (problem,) = (f for f in check_checkpoint(str(folder)) if f.level == "problem")
+    assert problem.advice
+    return problem.what
+
+
+def test_a_good_folder(tmp_path: Path) -> None:
+    found = list(check_checkpoint(str(_checkpoint(tmp_path))))
+    assert [f.level for f in found] == ["good", "good"]
+    assert "3 tensors" in found[1].what
+    assert "bf16" in found[1].what
+
+
+def test_no_folder_and_no_copy() -> None:
+    (found,) = check_checkpoint("owner/no-such-model-anywhere")
+    assert found.level == "problem"
+    assert "no downloaded copy" in found.what
+    (odd,) = check_checkpoint("no/such/folder")
+    assert odd.level == "problem"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors"])
+def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
+    (_checkpoint(tmp_path) / name).unlink()
+    assert f"{name} is missing" in _only_problem(tmp_path)
+
+
+def test_another_architecture(tmp_path: Path) -> None:
+    assert "model_type 'llama'" in _only_problem(_checkpoint(tmp_path, model_type="llama"))
+
+
+def test_a_file_cut_short(tmp_path: Path) -> None:
+    _checkpoint(tmp_path)
+    _write_tensors(tmp_path / "model.safetensors", dict.fromkeys(NAMES, "BF16"), cut=3)
+    assert "model.safetensors is cut short" in _only_problem(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 4)
+    assert "model.safetensors is cut short" in _only_problem(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{]")
+    assert "is not a safetensors file" in _only_problem(tmp_path)
+
+
+def test_a_missing_layer_is_named(tmp_path: Path) -> None:
+    folder = _checkpoint(tmp_path, text_config={"num_hidden_layers": 3})
+    assert "model.decoder.layers.1.layer_scalar is missing and 1 more" in _only_problem(folder)
+
+
+def test_a_quantised_checkpoint_cannot_be_loaded_yet(tmp_path: Path) -> None:
+    folder = _checkpoint(tmp_path, quantization_config={"quant_method": "modelopt"})
+    assert "quantised (modelopt)" in _only_problem(folder)
+    plain = _checkpoint(tmp_path, dtype="F8_E4M3")
+    assert "stored as F8_E4M3" in _only_problem(plain)
+
+
+def test_shards(tmp_path: Path) -> None:
+    _checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    shards = {name: f"model-{i}.safetensors" for i, name in enumerate(NAMES)}
+    for name, file in shards.items():
+        _write_tensors(tmp_path / file, {name: "F32"})
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    assert [f.level for f in check_checkpoint(str(tmp_path))] == ["good", "good"]
+    index.write_text(json.dumps({"weight_map": shards | {"extra": "model-0.safetensors"}}))
+    assert "tensor extra is in the index but in no file" in _only_problem(tmp_path)
+    (tmp_path / "model-1.safetensors").unlink()
+    assert "model-1.safetensors is missing" in _only_problem(tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a driver")
+def test_no_driver_is_no_crash() -> None:
+    assert check.driver() == {}
+
+
+def test_a_driver_that_hangs_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    def hang(*_: object, **__: object) -> None:
+        raise subprocess.TimeoutExpired("nvidia-smi", 60)
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    assert check.driver() == {}
+    with pytest.raises(check.ProbeError, match="two minutes"):
+        check.probe_torch()
