@@ -242,14 +242,16 @@ def main() -> None:
         if minutes - evaluated >= a.eval_every:
             evaluated, stop = minutes, time.time()
             model.eval()
-            print(json.dumps({"step": step, "min": round(minutes, 2), **evaluate(model, tokenizer, a.eval_n)}), flush=True)
-            model.train()
             export(model, a.out)
+            with torch.compiler.set_stance("force_eager"):  # every prompt length would be compiled anew
+                print(json.dumps({"step": step, "min": round(minutes, 2), **evaluate(model, tokenizer, a.eval_n)}), flush=True)
+            model.train()
             paused += time.time() - stop
     model.eval()
     export(model, a.out)
     tokenizer.save_pretrained(a.out)
-    print(json.dumps({"done": True, "steps": step, **evaluate(model, tokenizer, 2 * a.eval_n)}), flush=True)
+    with torch.compiler.set_stance("force_eager"):
+        print(json.dumps({"done": True, "steps": step, **evaluate(model, tokenizer, 2 * a.eval_n)}), flush=True)
 
 
 if __name__ == "__main__":
