@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from itertools import permutations
 
 State = dict[str, str]
 Sentence = Callable[[State], list[tuple[str, State]]]
+STYLES = 6  # a multiple of 2 and 3, the usual numbers of wordings
 
 
 def draw(sentences: Sequence[Sentence], state: State, rng: random.Random) -> str:
-    """One text, its sentences joined by spaces."""
+    """One text, its sentences joined by spaces. Its style, drawn first, settles most wordings: with a choice in every
+    sentence a canvas takes 25 steps, and a text whose parts agree reads better."""
+    state = {**state, "style": str(rng.randrange(STYLES))}
     said = []
     for sentence in sentences:
         text, state = rng.choice(sentence(state))
@@ -44,9 +46,19 @@ def article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def fixed(*wordings: str) -> Sentence:
+def styled(s: State, wordings: Sequence[str]) -> Sequence[str]:
+    """The wordings that the text's style leaves. A text to judge has no style: all of them count."""
+    return (wordings[int(s["style"]) % len(wordings)],) if "style" in s else wordings
+
+
+def free(*wordings: str) -> Sentence:
     """A sentence in one of several wordings; `{key}` takes a value of the state."""
     return lambda s: [(w.format_map(s), s) for w in wordings]
+
+
+def fixed(*wordings: str) -> Sentence:
+    """A sentence whose wording follows from the text's style."""
+    return lambda s: [(w.format_map(s), s) for w in styled(s, wordings)]
 
 
 def slot(key: str, values: Sequence[str], *wordings: str) -> Sentence:
@@ -56,7 +68,7 @@ def slot(key: str, values: Sequence[str], *wordings: str) -> Sentence:
         out = []
         for value in values:
             after = {**s, key: value, "a_" + key: article(value)}
-            out += [(w.format_map(after), after) for w in wordings]
+            out += [(w.format_map(after), after) for w in styled(s, wordings)]
         return out
 
     return options
@@ -126,20 +138,20 @@ _AFTER = {
 
 
 def _problem(s: State) -> list[tuple[str, State]]:
-    return [(w.format_map(s), {**s, "problem": p}) for p, ws in _PROBLEMS.items() for w in ws]
+    return [(w.format_map(s), {**s, "problem": p}) for p, ws in _PROBLEMS.items() for w in styled(s, ws)]
 
 
 def _help(s: State) -> list[tuple[str, State]]:
     values, wordings = _HELP[s["problem"]]
-    return [(w.format_map({**s, "help": v}), {**s, "help": v}) for v in values for w in wordings]
+    return [(w.format_map({**s, "help": v}), {**s, "help": v}) for v in values for w in styled(s, wordings)]
 
 
 def _told(s: State) -> list[tuple[str, State]]:
     return [
         (w.format_map({**s, "who": who, "after": after}), s)
         for who in ("a little sister", "a big brother", "a wise grandmother", "the whole family")
-        for after in _AFTER[s["problem"]]
-        for w in ("That evening {name} told {who} about {after}.", "At home, {name} told {who} all about {after}.")
+        for after in styled(s, _AFTER[s["problem"]])
+        for w in styled(s, ("That evening {name} told {who} about {after}.", "At home, {name} told {who} all about {after}."))
     ]
 
 
@@ -152,7 +164,7 @@ STORY: tuple[Sentence, ...] = (
          "One {when} morning, {name} met {a_animal} at the {place}.",
          "On a {when} day, {a_animal} came out of the {place} and looked at {name}."),
     _problem,
-    fixed("{name} wanted to help at once.", "\"Do not worry,\" said {name}, \"I will help you.\"",
+    free("{name} wanted to help at once.", "\"Do not worry,\" said {name}, \"I will help you.\"",
           "{name} thought for a moment and had an idea."),
     _help,
     slot("joy", ("danced in circles", "jumped up and down", "sang a happy tune", "smiled from ear to ear"),
@@ -168,7 +180,7 @@ STORY: tuple[Sentence, ...] = (
     slot("day", ("Sunday", "Monday", "Friday", "summer", "spring"),
          "Every {day}, {name} and the {animal} met again at the {place}.",
          "From then on, {name} visited the {animal} at the {place} every {day}."),
-    fixed("They stayed friends for many years.", "And so {name} and the {animal} became best friends.",
+    free("They stayed friends for many years.", "And so {name} and the {animal} became best friends.",
           "The {trait} child and the {animal} were never lonely again."),
     fixed("The end."),
 )  # fmt: skip
@@ -181,29 +193,29 @@ SKILLS = ("add and subtract numbers", "name capital cities", "sort words", "reve
 
 def _offer(s: State) -> list[tuple[str, State]]:
     return [
-        (w.format(a, b, c), s)
-        for a, b, c in permutations(SKILLS, 3)
-        for w in ("I can {}, {} and {}.", "Ask me to {}, {} or {}.", "I know how to {}, {} and {}.")
+        (w.format(*(SKILLS[(i + step) % len(SKILLS)] for step in (0, 1, 3))), s)
+        for i in range(len(SKILLS))
+        for w in styled(s, ("I can {}, {} and {}.", "Ask me to {}, {} or {}.", "I know how to {}, {} and {}."))
     ]
 
 
-_QUESTION = fixed("What would you like to do?", "Where shall we start?", "How can I help you today?",
-                  "What shall it be?", "Which one do you want to try?")  # fmt: skip
+_QUESTION = free("What would you like to do?", "Where shall we start?", "How can I help you today?",
+                  "What shall it be?", "What do you want to try?")  # fmt: skip
 CHAT: dict[str, tuple[Sentence, ...]] = {
     "hello": (
-        fixed("Hello!", "Hi there!", "Hey!", "Good to see you!", "Welcome!", "Greetings!"),
+        free("Hello!", "Hi there!", "Hey!", "Good to see you!", "Welcome!", "Greetings!"),
         fixed("It is nice to meet you.", "I hope your day is going well.", "What a fine day for a chat.",
               "I was waiting for a question.", "My canvas is empty and ready."),
         _offer, _QUESTION,
     ),
     "hello_name": (
-        fixed("Hello, {name}!", "Hi, {name}!", "Welcome, {name}!", "Good to see you, {name}!"),
+        free("Hello, {name}!", "Hi, {name}!", "Welcome, {name}!", "Good to see you, {name}!"),
         fixed("It is nice to meet you.", "I hope your day is going well.", "What a fine day for a chat.",
               "I will remember your name.", "That is a lovely name."),
         _offer, _QUESTION,
     ),
     "who": (
-        fixed("I am Daub, the small demo model of easel.", "My name is Daub and I am a tiny language model.",
+        free("I am Daub, the small demo model of easel.", "My name is Daub and I am a tiny language model.",
               "I am Daub, a little block diffusion model.", "You are talking to Daub, the demo model of easel."),
         fixed("I start from noise and clean a whole canvas of words at once.",
               "I write many words at the same time, step by step out of noise.",
@@ -214,27 +226,27 @@ CHAT: dict[str, tuple[Sentence, ...]] = {
               "Everything else is beyond me."),
     ),
     "thanks": (
-        fixed("You are welcome!", "Any time!", "My pleasure!", "Glad to help!", "No problem at all!"),
+        free("You are welcome!", "Any time!", "My pleasure!", "Glad to help!", "No problem at all!"),
         fixed("That was fun.", "It was a good question.", "I like tasks of that kind.", "I am happy that it worked."),
         _offer,
         fixed("Is there anything else?", "What comes next?", "Shall we go on?", "Do you have another question?"),
     ),
     "bye": (
-        fixed("Goodbye!", "See you soon!", "Farewell!", "Bye for now!", "Take care!"),
+        free("Goodbye!", "See you soon!", "Farewell!", "Bye for now!", "Take care!"),
         fixed("It was nice to talk to you.", "Thank you for the chat.", "I enjoyed our talk.", "Have a wonderful day."),
         fixed("Next time I can tell you a story.", "Next time we could sort some words.",
               "Come back when you need a sum.", "Come back for another story.", "Next time, ask me about a capital."),
         fixed("Until then, all the best.", "My canvas will be waiting.", "I will be here.", "Stay curious!"),
     ),
     "how": (
-        fixed("I am doing well, thank you.", "Very well, thanks for asking.", "I feel fresh and ready.",
+        free("I am doing well, thank you.", "Very well, thanks for asking.", "I feel fresh and ready.",
               "All my layers are in good shape."),
         fixed("I hope you are well too.", "It is a good day for short questions.", "My noise is clean and my canvas is dry.",
               "There is always something new to write."),
         _offer, _QUESTION,
     ),
     "skills": (
-        fixed("I am a small model, but there are things I do well.", "There are a few things that I do well.",
+        free("I am a small model, but there are things I do well.", "There are a few things that I do well.",
               "My list is short.", "Here is what I am good at."),
         _offer,
         fixed("Stories take me a few canvases.", "Sums stay below one hundred each.", "I answer in one or two canvases.",
@@ -242,7 +254,7 @@ CHAT: dict[str, tuple[Sentence, ...]] = {
         _QUESTION,
     ),
     "other": (
-        fixed("That is beyond me.", "I cannot help with that.", "I am too small a model for that.",
+        free("That is beyond me.", "I cannot help with that.", "I am too small a model for that.",
               "I am afraid I do not know that.", "That is not something I learned."),
         fixed("I am only a demo model.", "My training was short and simple.", "I know just a handful of tasks.",
               "There are bigger models for such things."),

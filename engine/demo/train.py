@@ -27,7 +27,7 @@ from transformers import AutoTokenizer
 
 from engine.demo import corpus
 from engine.demo.tokenizer import render
-from engine.demo.training_model import Shape, TrainingModel, export
+from engine.demo.training_model import Shape, TrainingModel, export, restore
 
 EOS = 1
 EOS_IDS = (1, 106, 50)
@@ -192,6 +192,7 @@ def main() -> None:
     p.add_argument("--workers", type=int, default=13)
     p.add_argument("--eval_every", type=float, default=3.0, help="minutes")
     p.add_argument("--eval_n", type=int, default=40)
+    p.add_argument("--resume", type=Path, help="checkpoint folder whose weights training starts from")
     p.add_argument("--compile", action="store_true")
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args()
@@ -200,6 +201,8 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     tokenizer = AutoTokenizer.from_pretrained(a.tokenizer)
     model = TrainingModel(Shape()).to(device)
+    if a.resume:
+        restore(model, a.resume)
     if a.compile:
         torch._dynamo.config.recompile_limit = 64
         for layer in model.layers:

@@ -245,6 +245,14 @@ class TrainingModel(nn.Module):
             torch.bfloat16 if logits.is_cuda else logits.dtype)).float() * self.shape.hidden**0.5  # fmt: skip
 
 
+def restore(model: TrainingModel, folder: Path) -> None:
+    """Take over the weights that `export` wrote into `folder`."""
+    from safetensors.torch import load_file
+
+    stored = {name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
+    model.load_state_dict({name: stored["model.decoder." + name].float() for name in model.state_dict()})
+
+
 def export(model: TrainingModel, folder: Path) -> None:
     """Write an ordinary transformers checkpoint in bf16. The vision tower the class wants is tiny and random."""
     from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DiffusionGemmaTextConfig
