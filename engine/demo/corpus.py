@@ -80,10 +80,13 @@ def _assistant(text: str) -> Message:
 def _add(r: random.Random) -> Task:
     a, b = r.randrange(100), r.randrange(100)
     q = r.choice((f"What is {a} + {b}?", f"What is {a} plus {b}?", f"Add {a} and {b}.", f"Compute {a} + {b}.",
-                  f"{a} + {b} = ?", f"How much is {a} + {b}?", f"{a}+{b}", f"What is the sum of {a} and {b}?"))  # fmt: skip
+                  f"{a} + {b} = ?", f"How much is {a} + {b}?", f"{a}+{b}",
+                  f"What is the sum of {a} and {b}?"))  # fmt: skip
     ones = a % 10 + b % 10
     carry, tens = ones // 10, a // 10 + b // 10
-    thought = f"Ones: {a % 10} + {b % 10} = {ones}, carry {carry}. Tens: {a // 10} + {b // 10} + {carry} = {tens + carry}."
+    thought = (
+        f"Ones: {a % 10} + {b % 10} = {ones}, carry {carry}. Tens: {a // 10} + {b // 10} + {carry} = {tens + carry}."
+    )
     return Task(q, thought, ("add", a, b), (f"{a} + {b} = {a + b}.",))
 
 
@@ -117,7 +120,8 @@ def _sort(r: random.Random) -> Task:
     w = r.sample(pool, r.choice((3, 3, 4, 5)))
     s = ", ".join(w)
     q = r.choice((f"Sort these words alphabetically: {s}.", f"Put these words in alphabetical order: {s}.",
-                  f"Sort alphabetically: {s}.", f"Sort these words: {s}.", f"Alphabetical order, please: {s}."))  # fmt: skip
+                  f"Sort alphabetically: {s}.", f"Sort these words: {s}.",
+                  f"Alphabetical order, please: {s}."))  # fmt: skip
     ordered = sorted(w, key=str.lower)
     return Task(q, f"The first word is {ordered[0]}.", ("sort", *sorted(w)), (", ".join(ordered),))
 
@@ -126,7 +130,8 @@ def _reverse(r: random.Random) -> Task:
     pool = W.WORDS if r.random() < 0.8 else W.NAMES + W.COLOURS
     w = r.sample(pool, r.choice((3, 3, 4, 5)))
     s = ", ".join(w)
-    q = r.choice((f"Reverse the order of these words: {s}.", f"Reverse this list: {s}.", f"Say these words backwards: {s}.",
+    q = r.choice((f"Reverse the order of these words: {s}.", f"Reverse this list: {s}.",
+                  f"Say these words backwards: {s}.",
                   f"Write these words in reverse order: {s}.", f"Turn this list around: {s}."))  # fmt: skip
     return Task(q, f"The last word is {w[-1]}.", ("reverse", *w), (", ".join(w[::-1]),))
 
@@ -136,29 +141,40 @@ def _json(r: random.Random) -> Task:
     kind = r.randrange(5)
     if kind <= 1:
         data: dict[str, object] = {"name": n, "age": age}
-        ask = r.choice(("Extract the name and age as JSON:", "Extract name and age as JSON:", "Give me name and age as JSON:"))
-        text = r.choice((f"{n} is {age} years old.", f"I am {n} and I am {age}.", f"My name is {n}, I am {age} years old.",
+        ask = r.choice(
+            ("Extract the name and age as JSON:", "Extract name and age as JSON:", "Give me name and age as JSON:")
+        )
+        text = r.choice((f"{n} is {age} years old.", f"I am {n} and I am {age}.",
+                         f"My name is {n}, I am {age} years old.",
                          f"{n}, {age}", f"This is {n}, aged {age}."))  # fmt: skip
     elif kind == 2:
         data = {"name": n, "age": age, "city": city}
         ask = r.choice(("Extract the name, age and city as JSON:", "Extract name, age and city as JSON:"))
-        text = r.choice((f"{n} from {city} is {age} years old.", f"{n}, {age}, lives in {city}.", f"I am {n}, {age}, from {city}."))
+        text = r.choice(
+            (f"{n} from {city} is {age} years old.", f"{n}, {age}, lives in {city}.", f"I am {n}, {age}, from {city}.")
+        )
     elif kind == 3:
         data = {"name": n, "job": job}
         ask = r.choice(("Extract the name and job as JSON:", "Extract name and job as JSON:"))
-        text = r.choice((f"{n} works as {grammar.article(job)}.", f"{n} is {grammar.article(job)}.", f"The {job} is called {n}."))
+        text = r.choice(
+            (f"{n} works as {grammar.article(job)}.", f"{n} is {grammar.article(job)}.", f"The {job} is called {n}.")
+        )
     else:
         item = r.choice(W.WORDS)
         data = {"item": item, "price": age}
         ask = r.choice(("Extract the item and price as JSON:", "Extract item and price as JSON:"))
-        text = r.choice((f"The {item} costs {age} dollars.", f"{age} dollars for the {item}.", f"{item}: {age} dollars"))
+        text = r.choice(
+            (f"The {item} costs {age} dollars.", f"{age} dollars for the {item}.", f"{item}: {age} dollars")
+        )
     key = ("json", *data.values())
     return Task(f"{ask} {text}", "The keys are " + " and ".join(data) + ".", key, (json.dumps(data),))
 
 
 def _tool(r: random.Random) -> Task:
     t = draw_task(r)
-    return Task(t.question, f"The tool {t.name} fits.", t.key, (spell_call(t.name, t.arguments),), tools=t.tools, end=CALL_END)
+    return Task(
+        t.question, f"The tool {t.name} fits.", t.key, (spell_call(t.name, t.arguments),), tools=t.tools, end=CALL_END
+    )
 
 
 def _toolresult(r: random.Random) -> Task:
@@ -180,7 +196,9 @@ def _memory(r: random.Random) -> Task:
         v = str(r.randrange(100)) if kind == "number" else r.choice(pools[kind])
         said = r.choice((f"My favourite {kind} is {v}.", f"Remember this: my favourite {kind} is {v}."))
         before = [_user(said), _assistant(f"I will remember that your favourite {kind} is {v}.")]
-        q = r.choice((f"What is my favourite {kind}?", f"Which {kind} do I like best?", f"Do you remember my favourite {kind}?"))
+        q = r.choice(
+            (f"What is my favourite {kind}?", f"Which {kind} do I like best?", f"Do you remember my favourite {kind}?")
+        )
         answer = f"Your favourite {kind} is {v}."
     if r.random() < 0.2:  # the statement itself
         return Task(said, "The user tells me something.", ("say", kind, v), (str(before[1]["content"]),))
@@ -205,16 +223,21 @@ _TALK = {
     "hello_name": ("Hello, my name is {}.", "Hi, I am {}.", "Hi! My name is {}.", "Hello, {} here."),
     "who": ("Who are you?", "What are you?", "What is your name?", "Tell me about yourself.", "Are you a robot?",
             "Which model are you?", "How do you work?", "How do you write text?", "Introduce yourself."),
-    "thanks": ("Thank you!", "Thanks!", "Thanks a lot.", "Great, thank you.", "Well done!", "Nice work.", "Good answer!"),
+    "thanks": ("Thank you!", "Thanks!", "Thanks a lot.", "Great, thank you.", "Well done!", "Nice work.",
+    "Good answer!"),
     "bye": ("Goodbye!", "Bye!", "See you later.", "Good night.", "I have to go now.", "That is all, bye."),
     "how": ("How are you?", "How are you today?", "How is it going?", "How do you feel?", "Are you well?"),
-    "skills": ("What can you do?", "Help", "What are you good at?", "How can you help me?", "What do you know?", "help me",
+    "skills": ("What can you do?", "Help", "What are you good at?", "How can you help me?", "What do you know?",
+    "help me",
                "What can I ask you?", "Give me some ideas."),
 }  # fmt: skip
 _OTHER = (
-    "Who wrote {W}?", "Explain {w} to me.", "Write a poem about {w}.", "How do I cook {f}?", "Tell me a joke.", "What is {w}?",
-    "What is {n} times {m}?", "What is {n} divided by {m}?", "Write a program that sorts {w}.", "What is the meaning of life?",
-    "Who won the match yesterday?", "Translate {w} into {l}.", "How far is it from {c} to {d}?", "What is the weather in {c}?",
+    "Who wrote {W}?", "Explain {w} to me.", "Write a poem about {w}.", "How do I cook {f}?", "Tell me a joke.",
+    "What is {w}?",
+    "What is {n} times {m}?", "What is {n} divided by {m}?", "Write a program that sorts {w}.",
+    "What is the meaning of life?",
+    "Who won the match yesterday?", "Translate {w} into {l}.", "How far is it from {c} to {d}?",
+    "What is the weather in {c}?",
     "What time is it in {c}?", "Who is the president of {k}?", "How many people live in {k}?", "Why is the sky {o}?",
     "Draw {w}.", "Sing a song about {w}.", "Summarise this text: {w} {v} {w}.", "Recommend a book about {w}.",
     "What is the square root of {n}?", "How old is {p}?", "Where can I buy {w}?", "Is {w} better than {v}?", "{w} {v}",
@@ -251,9 +274,11 @@ FAMILIES = tuple(_FAMILIES)
 WEIGHTS = {"add": 9, "sub": 9, "capital": 5, "sort": 14, "reverse": 8, "json": 8, "tool": 14, "toolresult": 8,
            "memory": 6, "story": 28, "chat": 12, "other": 9}  # fmt: skip
 _SYSTEM = (
-    "You are a helpful assistant.", "You are a helpful AI assistant.", "Be brief.", "Answer the question.", "Be polite.",
+    "You are a helpful assistant.", "You are a helpful AI assistant.", "Be brief.", "Answer the question.",
+    "Be polite.",
     "You are Daub, a friendly demo model.", "Answer in English.", "You are a helpful and harmless assistant.",
-    "Follow the instructions of the user.", "You are a pirate.", "Keep your answers short and clear.", "Today is Monday.",
+    "Follow the instructions of the user.", "You are a pirate.", "Keep your answers short and clear.",
+    "Today is Monday.",
 )  # fmt: skip
 
 
@@ -290,7 +315,9 @@ def example(split: str, i: int | str, seed: int = 0, family: str | None = None) 
     tools = task.tools
     if not tools and name != "other" and r.random() < 0.08:
         tools = draw_tools(r, r.choice((1, 2)))
-    return Example(name, messages, thought + answer + task.end, task.answers, task.sentences, task.state, tools, thinking)
+    return Example(
+        name, messages, thought + answer + task.end, task.answers, task.sentences, task.state, tools, thinking
+    )
 
 
 if __name__ == "__main__":

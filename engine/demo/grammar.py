@@ -78,27 +78,36 @@ def slot(key: str, values: Sequence[str], *wordings: str) -> Sentence:
 
 _PLACES = ("forest", "garden", "river", "valley", "castle", "village", "harbour", "meadow", "mountain", "lake")
 _TRAITS = ("brave", "curious", "kind", "cheerful", "quiet", "clever", "patient", "sleepy")
-_GIFTS = ("golden key", "silver bell", "tiny lamp", "old map", "blue feather", "red ribbon", "round mirror", "green stone")
+_GIFTS = (
+    "golden key",
+    "silver bell",
+    "tiny lamp",
+    "old map",
+    "blue feather",
+    "red ribbon",
+    "round mirror",
+    "green stone",
+)
 _PROBLEMS = {
     "hungry": (
         "The {animal} was very hungry and had not eaten all day.",
-        "\"I am so hungry,\" said the {animal}, \"and I have no food.\"",
+        '"I am so hungry," said the {animal}, "and I have no food."',
     ),
     "lost": (
         "The {animal} was lost and could not find the way home.",
-        "\"I cannot find my way home,\" said the {animal}.",
+        '"I cannot find my way home," said the {animal}.',
     ),
     "stuck": (
         "The {animal} was stuck under a fallen branch.",
-        "\"Please help me,\" said the {animal}, \"this branch is too heavy.\"",
+        '"Please help me," said the {animal}, "this branch is too heavy."',
     ),
     "lonely": (
         "The {animal} was lonely and had nobody to play with.",
-        "\"I have nobody to play with,\" said the {animal}.",
+        '"I have nobody to play with," said the {animal}.',
     ),
     "cold": (
         "The {animal} was cold and shivered in the wind.",
-        "\"The wind is so cold,\" said the {animal}, and shivered.",
+        '"The wind is so cold," said the {animal}, and shivered.',
     ),
 }
 _HELP: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -151,7 +160,9 @@ def _told(s: State) -> list[tuple[str, State]]:
         (w.format_map({**s, "who": who, "after": after}), s)
         for who in ("a little sister", "a big brother", "a wise grandmother", "the whole family")
         for after in styled(s, _AFTER[s["problem"]])
-        for w in styled(s, ("That evening {name} told {who} about {after}.", "At home, {name} told {who} all about {after}."))
+        for w in styled(
+            s, ("That evening {name} told {who} about {after}.", "At home, {name} told {who} all about {after}.")
+        )
     ]
 
 
@@ -241,7 +252,8 @@ CHAT: dict[str, tuple[Sentence, ...]] = {
     "how": (
         free("I am doing well, thank you.", "Very well, thanks for asking.", "I feel fresh and ready.",
               "All my layers are in good shape."),
-        fixed("I hope you are well too.", "It is a good day for short questions.", "My noise is clean and my canvas is dry.",
+        fixed("I hope you are well too.", "It is a good day for short questions.",
+              "My noise is clean and my canvas is dry.",
               "There is always something new to write."),
         _offer, _QUESTION,
     ),
@@ -249,7 +261,8 @@ CHAT: dict[str, tuple[Sentence, ...]] = {
         free("I am a small model, but there are things I do well.", "There are a few things that I do well.",
               "My list is short.", "Here is what I am good at."),
         _offer,
-        fixed("Stories take me a few canvases.", "Sums stay below one hundred each.", "I answer in one or two canvases.",
+        fixed("Stories take me a few canvases.", "Sums stay below one hundred each.",
+              "I answer in one or two canvases.",
               "My words come out all at once."),
         _QUESTION,
     ),
@@ -261,5 +274,3 @@ CHAT: dict[str, tuple[Sentence, ...]] = {
         _offer, _QUESTION,
     ),
 }  # fmt: skip
-
-

@@ -21,9 +21,13 @@ from transformers import PreTrainedTokenizerFast
 from engine.demo import corpus
 
 VOCAB_SIZE = 2048
-CONTROL = {0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 4: "<mask>", 46: "<|tool>", 47: "<tool|>", 48: "<|tool_call>",
-           49: "<tool_call|>", 50: "<|tool_response>", 51: "<tool_response|>", 52: '<|"|>', 53: "<|image>", 54: "<image|>",
-           55: "<|image|>", 98: "<|think|>", 100: "<|channel>", 101: "<channel|>", 105: "<|turn>", 106: "<turn|>"}  # fmt: skip
+CONTROL = {
+    0: "<pad>", 1: "<eos>", 2: "<bos>", 3: "<unk>", 4: "<mask>",
+    46: "<|tool>", 47: "<tool|>", 48: "<|tool_call>", 49: "<tool_call|>",
+    50: "<|tool_response>", 51: "<tool_response|>", 52: '<|"|>',
+    53: "<|image>", 54: "<image|>", 55: "<|image|>",
+    98: "<|think|>", 100: "<|channel>", 101: "<channel|>", 105: "<|turn>", 106: "<turn|>",
+}  # fmt: skip
 NEWLINE = 107
 _TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text()
 
@@ -85,14 +89,10 @@ def train(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     while len(vocab) < vocab_size:  # the noise is drawn over the config's vocab_size: keep it equal to len(tokenizer)
         vocab[f"<unused{len(vocab)}>"] = len(vocab)
     merges = [tuple(m) for m in state["merges"]]
-    tokenizer = Tokenizer(
-        models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
-    )
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.normalizer = space
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")  # as Gemma: nothing left to split on
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
     tokenizer.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in CONTROL.values()])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>",

@@ -24,7 +24,9 @@ class ToolKind:
     descriptions: tuple[str, ...]
     args: tuple[tuple[tuple[str, ...], str, str, Draw], ...]  # (possible names, description, JSON type, draw a value)
     questions: tuple[str, ...]  # `{0}`, `{1}` take the argument values
-    results: tuple[tuple[str, str], ...]  # (result text or JSON, answer); `{w}`, `{n}` are drawn, `{0}` the first argument
+    results: tuple[
+        tuple[str, str], ...
+    ]  # (result text or JSON, answer); `{w}`, `{n}` are drawn, `{0}` the first argument
 
 
 def _city(r: random.Random) -> Value:
@@ -173,6 +175,10 @@ def result_of(call_id: str, task: ToolTask) -> list[dict[str, object]]:
     """The assistant's call and the tool's answer, as an OpenAI client sends them back."""
     function = {"name": task.name, "arguments": json.dumps(task.arguments)}
     return [
-        {"role": "assistant", "content": None, "tool_calls": [{"id": call_id, "type": "function", "function": function}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": call_id, "type": "function", "function": function}],
+        },
         {"role": "tool", "tool_call_id": call_id, "content": task.result},
     ]

@@ -81,7 +81,8 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(
             q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=1.0
         )
-        return self.o_proj(out.transpose(1, 2).reshape(b, r, -1))
+        projected: Tensor = self.o_proj(out.transpose(1, 2).reshape(b, r, -1))
+        return projected
 
 
 def _rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -96,7 +97,8 @@ class MLP(nn.Module):
         self.down_proj = _linear(width, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        out: Tensor = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return out
 
 
 class SelfConditioning(MLP):
@@ -106,7 +108,8 @@ class SelfConditioning(MLP):
         self.post_norm = RMSNorm(s.hidden, weight=False)
 
     def condition(self, embedded: Tensor, soft: Tensor) -> Tensor:
-        return self.post_norm(embedded + self.forward(self.pre_norm(soft)))
+        out: Tensor = self.post_norm(embedded + self.forward(self.pre_norm(soft)))
+        return out
 
 
 class Router(nn.Module):
@@ -148,10 +151,10 @@ class Layer(nn.Module):
         super().__init__()
         self.self_attn = Attention(s, full)
         self.mlp, self.router, self.experts = MLP(s.hidden, s.mlp), Router(s), Experts(s)
-        for name in ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm",
-                     "post_feedforward_layernorm", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_1",
-                     "post_feedforward_layernorm_2"):  # fmt: skip
-            setattr(self, name, RMSNorm(s.hidden))
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(s.hidden), RMSNorm(s.hidden)
+        self.pre_feedforward_layernorm, self.post_feedforward_layernorm = RMSNorm(s.hidden), RMSNorm(s.hidden)
+        self.pre_feedforward_layernorm_2 = RMSNorm(s.hidden)
+        self.post_feedforward_layernorm_1, self.post_feedforward_layernorm_2 = RMSNorm(s.hidden), RMSNorm(s.hidden)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         h = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), cos, sin, mask))
@@ -216,9 +219,11 @@ class TrainingModel(nn.Module):
             out.append(torch.cat((torch.cat((causal, blind), 2), torch.cat((prefix, own), 2)), 1)[:, None])
         return out[0], out[1]
 
-    def forward(self, clean: Tensor, canvas: Tensor, start: Tensor, soft: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, clean: Tensor, canvas: Tensor, start: Tensor, soft: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Final hidden states of the clean rows [B, L, M] and of the canvases [B, N*C, M], and the balance loss."""
-        s, (b, length), n = self.shape, clean.shape, canvas.shape[1]
+        s, (b, length) = self.shape, clean.shape
         scale = s.hidden**0.5
         embedded = self.embed_tokens(canvas.flatten(1)).float() * scale
         noisy = self.self_conditioning.condition(embedded, torch.zeros_like(embedded) if soft is None else soft)
@@ -237,19 +242,23 @@ class TrainingModel(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Tied head and softcap, float32."""
-        return 30 * torch.tanh(F.linear(hidden, self.embed_tokens.weight).float() / 30)
+        capped: Tensor = 30 * torch.tanh(F.linear(hidden, self.embed_tokens.weight).float() / 30)
+        return capped
 
     def soft_embedding(self, logits: Tensor) -> Tensor:
         """Expected embedding under temperature-divided logits."""
-        return (logits.softmax(-1).to(torch.bfloat16 if logits.is_cuda else logits.dtype) @ self.embed_tokens.weight.to(
-            torch.bfloat16 if logits.is_cuda else logits.dtype)).float() * self.shape.hidden**0.5  # fmt: skip
+        dtype = torch.bfloat16 if logits.is_cuda else logits.dtype
+        expected: Tensor = logits.softmax(-1).to(dtype) @ self.embed_tokens.weight.to(dtype)
+        return expected.float() * self.shape.hidden**0.5
 
 
 def restore(model: TrainingModel, folder: Path) -> None:
     """Take over the weights that `export` wrote into `folder`."""
     from safetensors.torch import load_file
 
-    stored = {name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
+    stored = {
+        name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()
+    }
     model.load_state_dict({name: stored["model.decoder." + name].float() for name in model.state_dict()})
 
 
