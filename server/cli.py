@@ -102,6 +102,7 @@ def serve(settings: Settings) -> None:
 @takes_settings("engine")
 def chat(
     settings: Settings,
+    typed: list[str],
     server_url: Annotated[
         str | None, typer.Option("--url", help="Address of a running server; without it the model is loaded here.")
     ] = None,
@@ -110,6 +111,8 @@ def chat(
     """Talk to the model in the terminal."""
     from server.terminal_chat import ChatClient, TerminalChat
 
+    if server_url is not None and typed:
+        raise SettingsError(f"{typed[0]} is about loading a model, but --url names a server that has loaded one already")
     key = settings.server.api_key
     with _own_server(settings) if server_url is None else _elsewhere(server_url) as address:
         client = ChatClient(address, api_key=key.get_secret_value() if key else None)

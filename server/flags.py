@@ -21,11 +21,15 @@ _TYPES: dict[str, Any] = {"port": int, "context": int, "max_waiting": int, "alia
 
 
 def takes_settings(*tables: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command the flags of these tables and --config; it gets the loaded `settings` instead of them."""
+    """Give a command the flags of these tables and --config; it gets the loaded `settings` instead of them.
+
+    A command with a parameter `typed` is also told which of the flags were typed, as the user spells them.
+    """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         parameters = inspect.signature(command, eval_str=True).parameters.values()
-        own = [parameter for parameter in parameters if parameter.name != "settings"]
+        own = [parameter for parameter in parameters if parameter.name not in ("settings", "typed")]
+        tells_typed = "typed" in inspect.signature(command).parameters
         flags = [
             _flag(table, name) for table in tables for name in SECTIONS[table].model_fields if name not in NEVER_TYPED
         ]
@@ -36,6 +40,8 @@ def takes_settings(*tables: str) -> Callable[[Callable[..., None]], Callable[...
             settings: Settings = load_settings(
                 {name: None if value == [] else value for name, value in typed.items()}, file
             )
+            if tells_typed:
+                values["typed"] = [f"--{name.replace('_', '-')}" for name, value in typed.items() if value is not None]
             command(settings=settings, **values)
 
         signature = inspect.Signature([*own, _CONFIG, *flags])

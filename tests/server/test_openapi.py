@@ -1,24 +1,26 @@
-"""Our answers against OpenAI's own description of them, where that file is at hand."""
+"""Our answers against OpenAI's own description of them (`openai/description.json`, see `openai/extract.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, settings
+from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
-from tests.fakes import script
+from server.app import AppSettings, create_app
+from server.bridge import Bridge
+from server.chat import ChatService
+from server.prompt import PromptRenderer
+from server.schema import ChatRequest
+from tests.fakes import FakeEngine, script
 
-PROJECT = Path(__file__).resolve().parents[2]
-DESCRIPTION = PROJECT.parent / "shared" / "openai-openapi.yaml"
-NEEDED = ("CreateChatCompletionResponse", "CreateChatCompletionStreamResponse", "ListModelsResponse", "Model")
-NEEDED_ERROR = "ErrorResponse"
-
-pytestmark = pytest.mark.skipif(
-    not DESCRIPTION.exists(), reason="OpenAI's description (../shared/openai-openapi.yaml) is not beside the project"
-)
+DESCRIPTION = json.loads(Path(__file__).with_name("openai").joinpath("description.json").read_text())
 
 TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
 CALL = '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
@@ -32,52 +34,10 @@ REQUESTS: list[tuple[Any, dict[str, Any]]] = [
 ]
 
 
-def component(text: str, name: str) -> str:
-    """The lines of one schema. Parsing all three megabytes would take half a minute."""
-    start = text.index(f"\n    {name}:\n") + 1
-    lines = text[start:].splitlines()
-    end = next(
-        (index for index, line in enumerate(lines[1:], 1) if line.strip() and not line.startswith("     ")), len(lines)
-    )
-    return "\n".join(lines[:end])
-
-
-@pytest.fixture(scope="module")
-def schemas() -> dict[str, Any]:
-    """The needed component schemas and all they refer to, as JSON schema."""
-    import yaml
-
-    text = DESCRIPTION.read_text()
-    text = text[text.index("\ncomponents:") :]
-    text = text[text.index("\n  schemas:") :]
-    found: dict[str, Any] = {}
-    missing = [*NEEDED, NEEDED_ERROR]
-    while missing:
-        name = missing.pop()
-        if name in found:
-            continue
-        found[name] = as_json_schema(yaml.safe_load(component(text, name))[name], missing)
-    return found
-
-
-def as_json_schema(node: Any, references: list[str]) -> Any:
-    """Resolve `nullable`, which JSON schema does not know, and note every reference."""
-    if isinstance(node, list):
-        return [as_json_schema(each, references) for each in node]
-    if not isinstance(node, dict):
-        return node
-    node = {key: as_json_schema(value, references) for key, value in node.items()}
-    if isinstance(node.get("$ref"), str):
-        references.append(node["$ref"].rpartition("/")[2])
-    if node.pop("nullable", False) is True:
-        return {"anyOf": [node, {"type": "null"}]}
-    return node
-
-
 @pytest.fixture
-def check(schemas: dict[str, Any]) -> Callable[[str, Any], None]:
+def check() -> Callable[[str, Any], None]:
     def validate(name: str, value: Any) -> None:
-        schema = {"$ref": f"#/components/schemas/{name}", "components": {"schemas": schemas}}
+        schema = {"$ref": f"#/components/schemas/{name}", "components": DESCRIPTION["components"]}
         jsonschema.Draft202012Validator(schema).validate(value)
 
     return validate
@@ -85,8 +45,6 @@ def check(schemas: dict[str, Any]) -> Callable[[str, Any], None]:
 
 @pytest.mark.parametrize(("said", "fields"), REQUESTS)
 def test_bodies_and_chunks(serve: Callable[..., Any], check: Any, said: Any, fields: dict[str, Any]) -> None:
-    import json
-
     client = serve(said)
     check("CreateChatCompletionResponse", client.chat(**fields).json())
     for options in ({}, {"stream_options": {"include_usage": True}}):
@@ -121,3 +79,47 @@ def test_the_check_can_fail(check: Any) -> None:
         check("CreateChatCompletionResponse", {"id": "x"})
     with pytest.raises(jsonschema.ValidationError):
         check("ErrorResponse", {"error": "text"})
+
+
+SCHEMA = schemathesis.openapi.from_dict(DESCRIPTION)
+HONOURED = set(ChatRequest.model_fields)
+FUZZ = settings(
+    max_examples=80, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck)
+)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(prompts: PromptRenderer, listening: Any) -> Iterator[str]:
+    with Bridge(FakeEngine(lambda _: script("Hel", "lo"))) as bridge:
+        with listening(create_app(ChatService(bridge, prompts, ("demo",)), AppSettings())) as address:
+            yield f"{address}/v1"
+
+
+def ask(case: schemathesis.Case, address: str, check: Any) -> int:
+    """Send the case, hold the answer against the description; returns the status."""
+    answer = case.call(base_url=address)
+    if answer.status_code >= 400:
+        assert answer.status_code < 500, answer.text
+        check("ErrorResponse", answer.json())
+    elif answer.headers["content-type"][0].startswith("text/event-stream"):
+        chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+        for chunk in chunks:
+            check("CreateChatCompletionStreamResponse", chunk)
+    else:
+        case.validate_response(answer, checks=[content_type_conformance, response_schema_conformance])
+    return answer.status_code
+
+
+@SCHEMA.parametrize()
+@FUZZ
+def test_any_request_gets_a_described_answer(case: schemathesis.Case, fuzzed: str, check: Any) -> None:
+    ask(case, fuzzed, check)
+
+
+@SCHEMA.include(path="/chat/completions").parametrize()
+@FUZZ
+def test_requests_with_honoured_fields_only(case: schemathesis.Case, fuzzed: str, check: Any) -> None:
+    """The same requests without what is refused by name, so that most get past the first check."""
+    if isinstance(case.body, dict):
+        case.body = {name: value for name, value in case.body.items() if name in HONOURED} | {"model": "demo"}
+    ask(case, fuzzed, check)
