@@ -1,9 +1,9 @@
 """Endless training batches of the demo corpus.
 
-Two kinds of rows, so that little of a batch is padding: short (a reply of one canvas) and long (stories of several).
+Three kinds of rows, so that little of a batch is padding: tiny and short (a reply of one canvas) and long (of several).
 Knows token ids and lengths, no model.
 
-Invariant: an example longer than both kinds of rows is left out, never cut.
+Invariant: an example longer than every kind of row is left out, never cut.
 """
 
 from __future__ import annotations
@@ -32,7 +32,11 @@ class RowKind:
     canvases: int
 
 
-KINDS = {"short": RowKind(clean=192, canvases=1), "long": RowKind(clean=320, canvases=4)}
+KINDS = {
+    "tiny": RowKind(clean=80, canvases=1),
+    "short": RowKind(clean=224, canvases=1),
+    "long": RowKind(clean=320, canvases=4),
+}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Train the demo model from nothing, or further, on generated chats.
 
     python -m engine.demo.train --out DIR --minutes 15 --compile                     # one data-centre GPU
-    python -m engine.demo.train --out DIR --minutes 1 --short 4 --long 2 --workers 0   # tries it on a CPU
+    python -m engine.demo.train --out DIR --minutes 1 --tiny 4 --short 2 --long 2 --workers 0   # tries it on a CPU
 
 Objective, as published recipes for diffusion over canvases have it: each canvas position is replaced with probability
 t by a random id; cross-entropy over every position of the canvas, clean ones too; plus causal cross-entropy on the
@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import random
+import shutil
 import time
 from pathlib import Path
 
@@ -105,7 +106,7 @@ class Trainer:
     def run(self) -> None:
         """Train until the time is up, evaluating and writing the checkpoint now and then."""
         o = self.options
-        data = Chats(o.tokenizer, {"short": o.short, "long": o.long}, self.model.shape.canvas, o.seed)
+        data = Chats(o.tokenizer, {"tiny": o.tiny, "short": o.short, "long": o.long}, self.model.shape.canvas, o.seed)
         loader = DataLoader(
             data,
             batch_size=None,
@@ -127,7 +128,7 @@ class Trainer:
         use_soft = random.Random(f"{self.options.seed}/{self.step}").random() < 0.5
         log: dict[str, float] = {}
         for kind, batch in batches.items():
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            with torch.autocast(self.device.type, torch.bfloat16):
                 loss, parts = losses(self.model, batch.to(self.device), use_soft)
             (loss / len(batches)).backward()
             if self.step % LOG_EVERY == 0:
@@ -151,12 +152,22 @@ class Trainer:
     def _evaluate(self, per_family: int) -> None:
         began = time.monotonic()
         self._evaluated = self.minutes
-        export(self.model, self.options.out)
-        AutoTokenizer.from_pretrained(self.options.tokenizer).save_pretrained(self.options.out)
+        self._write()
         if per_family:
             report = evaluate(self.options.out, self.device.type, per_family)
             self._say({"right": report.right, "steps": report.steps, "at limit": report.at_limit})
         self._began += time.monotonic() - began
+
+    def _write(self) -> None:
+        """Put the checkpoint into the folder of `--out`, at no moment half of one."""
+        out = Path(self.options.out)
+        new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+        export(self.model, new)
+        AutoTokenizer.from_pretrained(self.options.tokenizer).save_pretrained(new)
+        if out.exists():
+            out.rename(old)
+        new.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
 
     def _say(self, facts: dict[str, object]) -> None:
         print(json.dumps({"step": self.step, "minutes": round(self.minutes, 2), **facts}), flush=True)
@@ -169,8 +180,9 @@ def main() -> None:
     p.add_argument("--tokenizer", type=Path, default=HERE)
     p.add_argument("--resume", type=Path, help="checkpoint folder whose weights training starts from")
     p.add_argument("--minutes", type=float, default=15)
-    p.add_argument("--short", type=int, default=512, help="short rows a step")
-    p.add_argument("--long", type=int, default=160, help="long rows a step")
+    p.add_argument("--tiny", type=int, default=320, help="rows a step of at most 80 tokens")
+    p.add_argument("--short", type=int, default=192, help="rows a step of at most 224 tokens")
+    p.add_argument("--long", type=int, default=160, help="rows a step of several canvases")
     p.add_argument("--lr", type=float, default=3e-3)
     p.add_argument("--warmup", type=int, default=200, help="steps")
     p.add_argument("--decay-from", type=float, default=0.4, help="share of the time after which the rate falls")

@@ -47,9 +47,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim)) if weight else None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6)
-        return y if self.weight is None else y * self.weight
+        return F.rms_norm(x.float(), (x.shape[-1],), self.weight, 1e-6)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
