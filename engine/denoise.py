@@ -3,7 +3,8 @@
     canvas = noise
     repeat: logits = denoise(canvas, soft) / T;  done?;  draw;  accept;  re-noise the rest;  soft = embed(logits)
 
-Knows the model's denoise pass and the sampler; nothing of requests, queues, eos ids or commits.
+Knows the model's pass and the sampler; nothing of requests, queues or eos ids. What is committed in the same pass only
+passes through.
 
 Invariant: only a canvas that converged is ever "done". One that runs out of passes is re-drawn once with other noise
 and then given up ("unconverged"): committed, such a canvas would ruin everything after it. Logits that are not
@@ -30,10 +31,16 @@ ATTEMPTS = 2  # the first draw and one re-draw
 CanvasState = Literal["open", "done", "unconverged", "non-finite"]
 
 
-class DenoiseModel(Protocol):
+class Model(Protocol):
     """The two operations of the model that the loop needs."""
 
-    def denoise(self, canvas: Tensor, soft: Tensor | None, caches: Sequence[KVCache]) -> Tensor: ...
+    def run(
+        self,
+        commits: Sequence[tuple[Tensor, KVCache]],
+        canvas: Tensor | None,
+        soft: Tensor | None,
+        caches: Sequence[KVCache],
+    ) -> Tensor | None: ...
 
     def soft_embedding(self, logits: Tensor) -> Tensor: ...
 
@@ -65,7 +72,7 @@ class Denoiser:
 
     def __init__(
         self,
-        model: DenoiseModel,
+        model: Model,
         schedule: GenerationDefaults,
         *,
         canvas_length: int,
@@ -85,10 +92,19 @@ class Denoiser:
         noise = self._noise(sampling, index, attempt=0)
         return Canvas(index=index, sampling=sampling, noise=noise, ids=noise.ids[0])
 
-    def step(self, canvases: Sequence[Canvas], caches: Sequence[KVCache]) -> None:
-        """One denoise pass over all `canvases` (open ones), each on its own committed prefix in `caches`."""
+    def step(
+        self, canvases: Sequence[Canvas], caches: Sequence[KVCache], commits: Sequence[tuple[Tensor, KVCache]] = ()
+    ) -> None:
+        """One pass over all `canvases` (open ones), each on its own prefix in `caches`; `commits` share the pass.
+
+        A slot may have a canvas here and a chunk among the commits, which then belongs to its prefix.
+        """
+        if not canvases:
+            self._model.run(commits, None, None, [])
+            return
         ids = torch.stack([canvas.ids for canvas in canvases])  # [S, C]
-        logits = self._model.denoise(ids, self._stack_soft(canvases), caches)  # [S, C, V]
+        logits = self._model.run(commits, ids, self._stack_soft(canvases), caches)  # [S, C, V]
+        assert logits is not None, "there were canvases"
         for canvas, rows in zip(canvases, logits, strict=True):
             self._advance(canvas, rows)
 

@@ -40,7 +40,8 @@ class ScriptedModel:
         self.softs: list[Tensor | None] = []
         self.embedded: list[Tensor] = []
 
-    def denoise(self, canvas: Tensor, soft: Tensor | None, caches: Sequence[object]) -> Tensor:
+    def run(self, commits: Sequence[object], canvas: Tensor, soft: Tensor | None, caches: Sequence[object]) -> Tensor:
+        assert not commits
         assert canvas.shape == (len(caches), C)
         assert canvas.dtype == torch.int64
         self.canvases.append(canvas.clone())

@@ -57,6 +57,24 @@ class ScriptedModel:
         self.commits.append(ids.tolist())
         cache.ids.extend(ids.tolist())
 
+    def run(
+        self,
+        commits: Sequence[tuple[Tensor, ListCache]],
+        canvas: Tensor | None,
+        soft: Tensor | None,
+        caches: Sequence[ListCache],
+    ) -> Tensor | None:
+        """Like the real one: a pass that fails leaves the caches as they were."""
+        before = [(cache, list(cache.ids)) for _, cache in commits]
+        try:
+            for ids, cache in commits:
+                self.commit(ids, cache)
+            return None if canvas is None else self.denoise(canvas, soft, caches)
+        except Exception:
+            for cache, ids in before:
+                cache.ids = ids
+            raise
+
     def denoise(self, canvas: Tensor, soft: Tensor | None, caches: Sequence[ListCache]) -> Tensor:
         self.passes += 1
         assert canvas.shape == (len(caches), C)
