@@ -71,7 +71,12 @@ class DiffusionEngine:
         self._model = model
         self._seats = tuple(Seat(cache) for cache in caches)
         self._denoiser = Denoiser(
-            model, schedule, canvas_length=info.canvas_length, vocab_size=info.vocab_size, device=self._device
+            model,
+            schedule,
+            slots=len(caches),
+            canvas_length=info.canvas_length,
+            vocab_size=info.vocab_size,
+            device=self._device,
         )
         self._scheduler = Scheduler(
             slots=len(caches),
@@ -198,7 +203,7 @@ class DiffusionEngine:
         seat, reply = self._seats[slot.index], slot.reply
         assert reply is not None, f"slot {slot.index} is ready but empty"
         if seat.canvas is None:
-            seat.canvas = self._denoiser.open(reply.request.sampling, index=reply.canvases)
+            seat.canvas = self._denoiser.open(slot.index, reply.request.sampling, index=reply.canvases)
         return seat.canvas
 
     def _settle(self, slot: Slot, canvas: Canvas) -> None:
@@ -206,8 +211,7 @@ class DiffusionEngine:
         if canvas.state == "open":
             return
         if canvas.state == "done":
-            assert canvas.best is not None, "a canvas is done only after a pass"
-            self._scheduler.deliver(slot, tuple(canvas.best.tolist()), canvas.steps)
+            self._scheduler.deliver(slot, canvas.result, canvas.steps)
         elif canvas.state == "unconverged":
             logger.warning("canvas %d did not converge in %d steps; the reply ends", canvas.index, canvas.steps)
             self._scheduler.fail(

@@ -3,10 +3,10 @@
 Pure functions, gathered in `REFERENCE`. Another op set has the same signatures and must agree with these.
 Knows tensors, pages and views only: no config, no layers, no slots.
 
-Invariant: norms, router probabilities, expert sums and logits are computed in float32 whatever the dtype of the rows.
+Invariant: norms, router probabilities and expert sums are computed in float32 whatever the dtype of the rows. What
+follows the head is in `reference_output`.
 
-Shapes: R rows, M hidden, H heads, K kv heads, D head dim, E experts, A active experts, I MLP width, F expert width,
-V vocabulary.
+Shapes: R rows, M hidden, H heads, K kv heads, D head dim, E experts, A active experts, I MLP width, F expert width.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.kernels.reference_output import Draw, Reading, read_logits, soft_embedding
 from engine.kernels.views import AttentionView
 from engine.pages import PAGE
 
@@ -172,20 +173,6 @@ def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: T
     return (unsorted * weights[..., None]).sum(dim=1).to(x.dtype)
 
 
-def logits(x: Tensor, embedding: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(x @ embedding^T / softcap), float32. x [R, M], embedding [V, M]; returns [R, V]."""
-    return F.linear(x, embedding).float().div_(softcap).tanh_().mul_(softcap)
-
-
-def soft_embedding(scaled_logits: Tensor, embedding: Tensor, scale: float) -> Tensor:
-    """softmax(logits) @ embedding * scale. scaled_logits float32 [..., V]; embedding [V, M]; returns [..., M].
-
-    The logits are rounded to the embedding's dtype first, as transformers does; the softmax is float32.
-    """
-    probabilities = scaled_logits.to(embedding.dtype).softmax(dim=-1, dtype=torch.float32)
-    return probabilities.to(embedding.dtype) @ embedding * scale
-
-
 def _gate(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh") * up
@@ -215,7 +202,7 @@ class Ops:
     gated_mlp: Callable[[Tensor, Tensor, Tensor], Tensor]
     route: Callable[[Tensor, Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor]]
     experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    logits: Callable[[Tensor, Tensor, float], Tensor]
+    read_logits: Callable[[Tensor, float, Draw], Reading]
     soft_embedding: Callable[[Tensor, Tensor, float], Tensor]
 
 
@@ -229,6 +216,6 @@ REFERENCE = Ops(
     gated_mlp=gated_mlp,
     route=route,
     experts=experts,
-    logits=logits,
+    read_logits=read_logits,
     soft_embedding=soft_embedding,
 )

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from engine.config import LayerConfig, ModelConfig
 from engine.kernels.reference import Ops
+from engine.kernels.reference_output import Draw, Reading
 from engine.kv_cache import KVCache, KVPool
 from engine.model.layers import Layer, Rope
 from engine.plan import PassPlan, plan_pass
@@ -60,14 +61,15 @@ class DiffusionGemma:
         self,
         commits: Sequence[tuple[Tensor, KVCache]],
         canvas: Tensor | None,
-        soft: Tensor | None,
+        probabilities: Tensor | None,
         caches: Sequence[KVCache],
     ) -> Tensor | None:
         """One pass: commit ids (int64 [T], T >= 1) to some slots and denoise the canvases of others, or of the same.
 
-        canvas int64 [S, C], or None to commit only; soft [S, C, M] from `soft_embedding`, None = zeros (a canvas'
-        first step); caches: the canvases' slots. Returns logits float32 [S, C, V], softcapped, not divided by the
-        temperature. Raises ValueError, with the slots as they were, if ids do not fit a slot's capacity.
+        canvas int64 [S, C], or None to commit only; probabilities [S, C, V] of the step before, zeros for a canvas'
+        first step, None if it is the first of all; caches: the canvases' slots. Returns the head's logits [S, C, V] in
+        the model's dtype, neither softcapped nor divided by a temperature: `read` does that. Raises ValueError, with
+        the slots as they were, if ids do not fit a slot's capacity.
         """
         for ids, cache in commits:
             if cache.length + ids.shape[0] > cache.capacity:
@@ -81,13 +83,18 @@ class DiffusionGemma:
         )
         rows = [self._embed(ids) for ids, _ in commits]
         if canvas is not None:
-            rows.append(self._self_condition(self._embed(canvas), soft).flatten(0, 1))
+            rows.append(self._self_condition(self._embed(canvas), probabilities).flatten(0, 1))
         hidden = self._stack(torch.cat(rows), plan)
         for ids, cache in commits:
             cache.advance(ids.shape[0])
         if canvas is None:
             return None
-        return self._ops.logits(hidden, self._embedding, self.config.final_softcap).view(*canvas.shape, -1)
+        return self._ops.linear(hidden, self._embedding).view(*canvas.shape, -1)
+
+    @torch.inference_mode()
+    def read(self, logits: Tensor, draw: Draw) -> Reading:
+        """What the sampler needs of logits [R, V] from `run`."""
+        return self._ops.read_logits(logits, self.config.final_softcap, draw)
 
     def commit(self, ids: Tensor, cache: KVCache) -> None:
         """Append ids (int64 [T], any T >= 0) to a slot, in chunks, so that memory does not grow with T squared."""
@@ -96,16 +103,11 @@ class DiffusionGemma:
         for chunk in ids.split(self.pool.chunk) if ids.shape[0] else ():
             self.run([(chunk, cache)], None, None, [])
 
-    def denoise(self, canvas: Tensor, soft: Tensor | None, caches: Sequence[KVCache]) -> Tensor:
+    def denoise(self, canvas: Tensor, probabilities: Tensor | None, caches: Sequence[KVCache]) -> Tensor:
         """`run` without anything to commit."""
-        logits = self.run([], canvas, soft, caches)
+        logits = self.run([], canvas, probabilities, caches)
         assert logits is not None, "there was a canvas"
         return logits
-
-    @torch.inference_mode()
-    def soft_embedding(self, logits: Tensor) -> Tensor:
-        """Self-conditioning [S, C, M] for the next step. logits float32 [S, C, V], divided by the temperature."""
-        return self._ops.soft_embedding(logits, self._embedding, self._embedding_scale)
 
     def _stack(self, x: Tensor, plan: PassPlan) -> Tensor:
         """All layers over the rows x [R, M]; the final norm of the canvases' rows [S * C, M]."""
@@ -126,12 +128,13 @@ class DiffusionGemma:
     def _embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self._embedding) * self._embedding_scale
 
-    def _self_condition(self, x: Tensor, soft: Tensor | None) -> Tensor:
-        """x, soft [S, C, M] -> [S, C, M]. The outer norm applies on the first step too; of zeros the MLP is zero."""
+    def _self_condition(self, x: Tensor, probabilities: Tensor | None) -> Tensor:
+        """x [S, C, M] -> [S, C, M]. The outer norm applies on the first step too; of zeros the MLP is zero."""
         ops, eps = self._ops, self.config.rms_norm_eps
-        if soft is not None:
-            read = ops.rms_norm(soft.flatten(0, 1), self._soft_norm, eps)
-            x = x + ops.gated_mlp(read, self._soft_gate_up, self._soft_down).view_as(x)
+        if probabilities is not None:
+            soft = ops.soft_embedding(probabilities.flatten(0, 1), self._embedding, self._embedding_scale)
+            conditioned = ops.gated_mlp(ops.rms_norm(soft, self._soft_norm, eps), self._soft_gate_up, self._soft_down)
+            x = x + conditioned.view_as(x)
         return ops.rms_norm(x, None, eps)
 
 

@@ -25,8 +25,9 @@ from engine.interface import (
     Sampling,
     Usage,
 )
+from engine.kernels.reference_output import Draw, Reading, read_logits
 
-C, V, M = 4, 40, 3
+C, V = 4, 40
 EOS = 1
 CPU = torch.device("cpu")
 
@@ -61,7 +62,7 @@ class ScriptedModel:
         self,
         commits: Sequence[tuple[Tensor, ListCache]],
         canvas: Tensor | None,
-        soft: Tensor | None,
+        probabilities: Tensor | None,
         caches: Sequence[ListCache],
     ) -> Tensor | None:
         """Like the real one: a pass that fails leaves the caches as they were."""
@@ -69,19 +70,19 @@ class ScriptedModel:
         try:
             for ids, cache in commits:
                 self.commit(ids, cache)
-            return None if canvas is None else self.denoise(canvas, soft, caches)
+            return None if canvas is None else self.denoise(canvas, caches)
         except Exception:
             for cache, ids in before:
                 cache.ids = ids
             raise
 
-    def denoise(self, canvas: Tensor, soft: Tensor | None, caches: Sequence[ListCache]) -> Tensor:
+    def read(self, logits: Tensor, draw: Draw) -> Reading:
+        return read_logits(logits, 1000.0, draw)
+
+    def denoise(self, canvas: Tensor, caches: Sequence[ListCache]) -> Tensor:
         self.passes += 1
         assert canvas.shape == (len(caches), C)
         return torch.stack([self.choose(cache.ids, ids) for cache, ids in zip(caches, canvas, strict=True)])
-
-    def soft_embedding(self, logits: Tensor) -> Tensor:
-        return logits[..., :M]
 
     @staticmethod
     def text(committed: list[int], canvas: Tensor) -> Tensor:

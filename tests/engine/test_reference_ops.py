@@ -169,20 +169,3 @@ def test_an_expert_without_rows_is_not_touched() -> None:
     gate_up[1], down[1] = 1.0, 1.0
     out = ops.experts(randn(5, 4), torch.ones(5, 1), torch.ones(5, 1, dtype=torch.int64), gate_up, down)
     assert out.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_are_softcapped_in_float32(dtype: torch.dtype) -> None:
-    x, embedding = (20 * randn(3, 8)).to(dtype), randn(11, 8, seed=1).to(dtype)
-    out = ops.logits(x, embedding, 5.0)
-    assert out.abs().max() <= 5.0
-    torch.testing.assert_close(out, 5.0 * ((x @ embedding.T).float() / 5.0).tanh())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_soft_embedding(dtype: torch.dtype) -> None:
-    logits, embedding = randn(2, 3, 11), randn(11, 8, seed=1).to(dtype)
-    out = ops.soft_embedding(logits, embedding, 2.0)
-    assert out.dtype == dtype
-    expected = logits.softmax(-1) @ embedding.float() * 2.0
-    assert (out.float() - expected).norm() / expected.norm() <= (1e-5 if dtype == torch.float32 else 1e-2)
