@@ -12,6 +12,7 @@ Shapes: S slots, C canvas, T tokens, M hidden, H heads, K kv heads, D head dim, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from torch.nn import functional as F
 
 from engine.config import LayerConfig, ModelConfig
 from engine.kernels.reference import Ops
+from engine.kernels.weights import Weight, nbytes, plain, shape
 from engine.kv_cache import KVCache
 from engine.model.layers import Layer, RopeTable
 
@@ -28,16 +30,16 @@ Rope = dict[RopeTable, tuple[Tensor, Tensor]]  # this pass's rows of each table
 class DiffusionGemma:
     """The model on one device, in float32 or bfloat16."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], ops: Ops) -> None:
-        """`weights` as in `Checkpoint.tensors`; their device and dtype are the model's."""
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Weight], ops: Ops) -> None:
+        """`weights` as in `Checkpoint.tensors`; the embedding's device and dtype are the model's."""
         self.config = config
         self._ops = ops
         self._weights = weights
-        self._embedding = weights["embedding"]
+        self._embedding = plain(weights["embedding"])
         # rounded to the weights' dtype first, as transformers does
         self._embedding_scale = torch.tensor(config.hidden_size**0.5).to(self.dtype).item()
-        self._norm = weights["norm"].float()
-        self._soft_norm = weights["self_conditioning.pre_norm"].float()
+        self._norm = plain(weights["norm"]).float()
+        self._soft_norm = plain(weights["self_conditioning.pre_norm"]).float()
         self._soft_gate_up, self._soft_down = weights["self_conditioning.gate_up"], weights["self_conditioning.down"]
         tables: dict[tuple[int, float, float], RopeTable] = {}
         self._layers: list[Layer] = []
@@ -57,12 +59,12 @@ class DiffusionGemma:
     @property
     def parameters(self) -> int:
         """Number of weights."""
-        return sum(tensor.numel() for tensor in self._weights.values())
+        return sum(prod(shape(tensor)) for tensor in self._weights.values())
 
     @property
     def weight_bytes(self) -> int:
         """Bytes the weights take."""
-        return sum(tensor.nbytes for tensor in self._weights.values())
+        return sum(nbytes(tensor) for tensor in self._weights.values())
 
     @torch.inference_mode()
     def commit(self, ids: Tensor, cache: KVCache) -> None:
@@ -140,7 +142,7 @@ def _rope_key(layer: LayerConfig) -> tuple[int, float, float]:
     return layer.head_dim, layer.rope_theta, layer.rope_partial
 
 
-def _under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _under(weights: Mapping[str, Weight], prefix: str) -> dict[str, Weight]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
 
 
