@@ -1,5 +1,8 @@
 """The engine: token ids in, token ids out. Import only from here; no torch is imported until `build_engine` runs."""
 
+from pathlib import Path
+
+from engine.config import load_model_config, published_config
 from engine.interface import (
     CanvasDone,
     CheckpointError,
@@ -16,6 +19,7 @@ from engine.interface import (
     Sampling,
     Usage,
 )
+from engine.memory_plan import CARDS, MemoryPlan, plans, usable
 
 
 def build_engine(options: EngineOptions) -> Engine:
@@ -25,7 +29,14 @@ def build_engine(options: EngineOptions) -> Engine:
     return DiffusionEngine.from_options(options)
 
 
+def memory_plans(folder: str | None) -> tuple[MemoryPlan, ...]:
+    """What the checkpoint in a folder needs on a GPU, in every format it can be loaded in; None = the published
+    one. Reads its configuration only. Raises CheckpointError."""
+    return plans(load_model_config(Path(folder)) if folder is not None else published_config())
+
+
 __all__ = [
+    "CARDS",
     "CanvasDone",
     "CheckpointError",
     "Engine",
@@ -36,9 +47,12 @@ __all__ = [
     "FinishReason",
     "Finished",
     "GenerationRequest",
+    "MemoryPlan",
     "QueueFull",
     "RequestTooLong",
     "Sampling",
     "Usage",
     "build_engine",
+    "memory_plans",
+    "usable",
 ]

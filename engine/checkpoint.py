@@ -79,6 +79,11 @@ class CheckpointPlan:
     layout: Layout
     quantized: bool  # by the checkpoint itself
 
+    @property
+    def title(self) -> str:
+        """How most of the weights will be held; "bf16" stands for the dtype that the model computes in."""
+        return self.layout.format or "bf16"
+
 
 def load_checkpoint(
     path_or_hub_id: str | Path,
@@ -124,18 +129,14 @@ def read_checkpoint(plan: CheckpointPlan, device: torch.device, dtype: torch.dty
         tensors = _read(stored, plan.layout, device, dtype, progress)
         kinds: Counter[str] = Counter()
         for name, piece in plan.layout.pieces.items():
-            spec = plan.layout.weights[piece.name]
-            if spec.format is None:
-                kinds[PLAIN_FORMATS[stored[name].kind]] += stored[name].numel
-        for spec in plan.layout.weights.values():
-            if spec.format is not None:
-                kinds[spec.format] += spec.numel
+            if piece.scheme is None:
+                kinds[stored[name].kind] += stored[name].numel
     return Checkpoint(
         path=folder,
         config=plan.config,
         generation=plan.generation,
         tensors=tensors,
-        format=kinds.most_common(1)[0][0],
+        format=plan.layout.format or PLAIN_FORMATS[kinds.most_common(1)[0][0]],
     )
 
 

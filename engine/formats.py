@@ -17,6 +17,7 @@ Invariant: a matrix is stored in one way throughout. Parts of one matrix that di
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -194,6 +195,14 @@ class Layout:
 
     pieces: Mapping[str, Piece]
     weights: Mapping[str, Spec]
+
+    @property
+    def format(self) -> Format | None:
+        """What most of the numbers are held in."""
+        sizes: Counter[Format | None] = Counter()
+        for spec in self.weights.values():
+            sizes[spec.format] += spec.numel
+        return sizes.most_common(1)[0][0]
 
     def weight_bytes(self, itemsize: int) -> int:
         """Bytes of all weights on the device."""
