@@ -55,7 +55,7 @@ class Checkpoint:
     config: ModelConfig
     generation: GenerationDefaults
     tensors: Mapping[str, Weight]
-    format: str  # how most of the weights are held: "bf16", "fp32", "fp8", "nvfp4" or "int4"
+    format: str  # of the quantised weights: "fp8", "nvfp4" or "int4"; without any "bf16" or "fp32", as stored
 
     @property
     def parameters(self) -> int:
@@ -81,7 +81,7 @@ class CheckpointPlan:
 
     @property
     def title(self) -> str:
-        """How most of the weights will be held; "bf16" stands for the dtype that the model computes in."""
+        """Format of the quantised weights; without any "bf16", for whatever the model computes in."""
         return self.layout.format or "bf16"
 
 

@@ -133,7 +133,7 @@ class DiffusionEngine:
             load_seconds=time.monotonic() - started,
         )
         logger.info(
-            "%s: %.1f M parameters held as %s, run in %s on %s with %s kernels; context %d, KV %.1f MiB; %.1f s",
+            "%s: %.1f M parameters, format %s, run in %s on %s with %s kernels; context %d, KV %.1f MiB; %.1f s",
             info.model_path,
             info.parameters / 1e6,
             info.format,

@@ -198,11 +198,12 @@ class Layout:
 
     @property
     def format(self) -> Format | None:
-        """What most of the numbers are held in."""
-        sizes: Counter[Format | None] = Counter()
+        """What the quantised weights are held in, most of them; None if nothing is quantised."""
+        sizes: Counter[Format] = Counter()
         for spec in self.weights.values():
-            sizes[spec.format] += spec.numel
-        return sizes.most_common(1)[0][0]
+            if spec.format is not None:
+                sizes[spec.format] += spec.numel
+        return sizes.most_common(1)[0][0] if sizes else None
 
     def weight_bytes(self, itemsize: int) -> int:
         """Bytes of all weights on the device."""

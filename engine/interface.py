@@ -101,7 +101,7 @@ class EngineInfo:
     eos_ids: frozenset[int]
     device: str
     dtype: str
-    format: str  # how most of the weights are held: "bf16", "fp32", "fp8", "nvfp4" or "int4"
+    format: str  # of the quantised weights: "fp8", "nvfp4" or "int4"; without any "bf16" or "fp32", as stored
     kernels: str  # which op set runs: "reference" or "triton"
     parameters: int
     weight_bytes: int
