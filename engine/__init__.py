@@ -29,6 +29,17 @@ def build_engine(options: EngineOptions) -> Engine:
     return DiffusionEngine.from_options(options)
 
 
+def quantize_checkpoint(
+    source: str, target: Path, quantize: str, quantize_dense: str | None, *, device: str = "auto", progress: bool = True
+) -> Path:
+    """Write a quantised copy of a checkpoint into a new folder. Options as in EngineOptions. Raises EngineError."""
+    from engine.export import write_quantized  # deferred: imports torch
+    from engine.formats import choose
+    from engine.options import choose_device
+
+    return write_quantized(source, target, choose(quantize, quantize_dense), choose_device(device), progress=progress)
+
+
 def memory_plans(folder: str | None) -> tuple[MemoryPlan, ...]:
     """What the checkpoint in a folder needs on a GPU, in every format it can be loaded in; None = the published
     one. Reads its configuration only. Raises CheckpointError."""
@@ -54,5 +65,6 @@ __all__ = [
     "Usage",
     "build_engine",
     "memory_plans",
+    "quantize_checkpoint",
     "usable",
 ]

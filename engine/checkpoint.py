@@ -55,7 +55,7 @@ class Checkpoint:
     config: ModelConfig
     generation: GenerationDefaults
     tensors: Mapping[str, Weight]
-    format: str  # of the quantised weights: "fp8", "nvfp4" or "int4"; without any "bf16" or "fp32", as stored
+    format: str  # of the experts: "fp8", "nvfp4" or "int4"; if nothing is quantised "bf16" or "fp32", as stored
 
     @property
     def parameters(self) -> int:
@@ -81,7 +81,7 @@ class CheckpointPlan:
 
     @property
     def title(self) -> str:
-        """Format of the quantised weights; without any "bf16", for whatever the model computes in."""
+        """Format of the experts; "bf16", for whatever the model computes in, if nothing is quantised."""
         return self.layout.format or "bf16"
 
 
@@ -235,8 +235,8 @@ def check_tensors(stored: Mapping[str, Stored], plan: Layout, folder: Path) -> N
 
 
 def _check_tensor(name: str, tensor: Stored, piece: Piece) -> None:
-    scalar = piece.shape == () and tensor.shape == (1,)  # written either way
-    if tensor.shape != piece.shape and not scalar:
+    scalars = ((), (1,))  # written either way
+    if tensor.shape != piece.shape and not (tensor.shape in scalars and piece.shape in scalars):
         raise CheckpointError(
             f"tensor {name} in {tensor.path} has shape {list(tensor.shape)}, but config.json asks for "
             f"{list(piece.shape)}; they belong to different models"
@@ -267,8 +267,10 @@ def _read(
                 weights[piece.name] = allocate(spec, dtype, device)
             weight = weights[piece.name]
             if spec.format is not None and piece.scheme is None:
-                for size in _quantise(stored[name], piece, weight, spec.format, device):
-                    bar.update(size)
+                for start, count, chunk in quantized_chunks(stored[name], spec.format, device):
+                    for field, tensor in parts_of(chunk).items():
+                        parts_of(weight)[field].narrow(0, piece.start + start, count).copy_(tensor)
+                    bar.update(stored[name].bytes * count // piece.rows)
             else:
                 _copy(stored[name].file.get_tensor(name), piece, parts_of(weight)[piece.field or ""])
                 bar.update(stored[name].bytes)
@@ -289,17 +291,16 @@ def _copy(tensor: Tensor, piece: Piece, target: Tensor) -> None:
             place.fill_(tensor.reciprocal().item())  # in float32, as the tensor is
 
 
-def _quantise(source: Stored, piece: Piece, weight: Weight, form: Format, device: torch.device) -> Iterator[int]:
-    """Quantise a stored matrix into its rows of `weight`, some experts or rows at a time; yields bytes read."""
+def quantized_chunks(source: Stored, form: Format, device: torch.device) -> Iterator[tuple[int, int, Weight]]:
+    """A stored matrix, quantised some rows or experts at a time: first of them, their number, the weight.
+
+    Raises CheckpointError if a value is not finite.
+    """
     entry = source.file.get_slice(source.name)
-    step = max(1, CHUNK // prod(piece.shape[1:]))
-    for start in range(0, piece.rows, step):
+    step = max(1, CHUNK // prod(source.shape[1:]))
+    for start in range(0, source.shape[0], step):
         chunk = entry[start : start + step].to(device)
         try:
-            done = parts_of(quantize(chunk, form))
+            yield start, len(chunk), quantize(chunk, form)
         except ValueError as error:
             raise CheckpointError(f"tensor {source.name} in {source.path} cannot be quantised: {error}") from None
-        first = piece.start + start
-        for name, target in parts_of(weight).items():
-            target[first : first + len(chunk)].copy_(done[name])
-        yield chunk.numel() * ITEM_BYTES[source.kind]

@@ -17,7 +17,6 @@ Invariant: a matrix is stored in one way throughout. Parts of one matrix that di
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -78,8 +77,10 @@ PACKED_NVFP4 = Scheme(
     (
         Part("weight_packed", "packed", ("U8",), lambda rows, columns: (rows, columns // 2)),
         Part("weight_scale", "block_scale", ("F8_E4M3",), lambda rows, columns: (rows, columns // 16)),
-        Part("weight_global_scale", "row_scale", ("F32",), _scalar, "fill reciprocal"),
-        Part("input_global_scale", None, ("F32",), _scalar, required=False),  # only where activations are 4 bit too
+        Part("weight_global_scale", "row_scale", ("F32",), lambda rows, columns: (1,), "fill reciprocal"),
+        Part(
+            "input_global_scale", None, ("F32",), lambda rows, columns: (1,), required=False
+        ),  # only where activations are 4 bit too
     ),
 )
 FLOAT_FP8 = Scheme(
@@ -198,12 +199,10 @@ class Layout:
 
     @property
     def format(self) -> Format | None:
-        """What the quantised weights are held in, most of them; None if nothing is quantised."""
-        sizes: Counter[Format] = Counter()
-        for spec in self.weights.values():
-            if spec.format is not None:
-                sizes[spec.format] += spec.numel
-        return sizes.most_common(1)[0][0] if sizes else None
+        """What the experts are held in, or if they are not quantised, whatever else is; None if nothing is."""
+        formats = {name: spec.format for name, spec in self.weights.items() if spec.format is not None}
+        experts = [form for name, form in formats.items() if name.rpartition(".")[2] in EXPERTS]
+        return next(iter([*experts, *formats.values()]), None)
 
     def weight_bytes(self, itemsize: int) -> int:
         """Bytes of all weights on the device."""

@@ -101,7 +101,7 @@ class EngineInfo:
     eos_ids: frozenset[int]
     device: str
     dtype: str
-    format: str  # of the quantised weights: "fp8", "nvfp4" or "int4"; without any "bf16" or "fp32", as stored
+    format: str  # of the experts: "fp8", "nvfp4" or "int4"; if nothing is quantised "bf16" or "fp32", as stored
     kernels: str  # which op set runs: "reference" or "triton"
     parameters: int
     weight_bytes: int

@@ -3,6 +3,8 @@
 Two dialects: modelopt (globs of what is left out) and compressed-tensors (groups of targets, exceptions as names or
 `re:` expressions). Nothing is guessed from tensors. Knows names only, no shapes.
 
+`described` is the other direction: what a checkpoint that we write says of itself.
+
 Invariant: what is not exactly one of the known schemes is a CheckpointError that names it and lists them.
 """
 
@@ -16,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from engine.config import read_json
-from engine.formats import FLOAT_FP8, MODELOPT_NVFP4, PACKED_INT4, PACKED_NVFP4, Scheme
+from engine.formats import FLOAT_FP8, MODELOPT_NVFP4, PACKED_INT4, PACKED_NVFP4, Choice, Format, Scheme
 from engine.interface import CheckpointError
 
 KNOWN = (
@@ -38,6 +40,14 @@ SCHEMES: Mapping[str, tuple[Scheme, Mapping[str, Any]]] = {
         {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True},
     ),
 }
+
+WRITTEN: Mapping[Format, str] = {
+    "fp8": "float-quantized",
+    "nvfp4": "nvfp4-pack-quantized",
+    "int4": "pack-quantized",
+}
+LEFT_OUT = ("lm_head", "re:.*router.*", "re:.*self_conditioning.*", "re:.*vision_tower.*", "re:.*embed_vision.*")
+DENSE_LAYERS = ("re:.*self_attn.*", "re:.*mlp.*")
 
 
 @dataclass(frozen=True)
@@ -69,6 +79,36 @@ def load_quantization(folder: Path) -> Quantization | None:
             return _compressed_tensors(raw, path)
         case other:
             _unknown(path, f"quant_method {other!r}")
+
+
+def described(choice: Choice) -> dict[str, Any]:
+    """quantization_config of a checkpoint whose experts, and dense layers, are quantised as `choice` says.
+
+    Weights only: activations are left in 16 bit, but for fp8's, which are quantised a token at a time.
+    """
+    wanted: dict[Format, list[str]] = {}
+    if choice.experts:
+        wanted[choice.experts] = ["re:.*experts.*"]
+    if choice.dense:
+        wanted.setdefault(choice.dense, []).extend(DENSE_LAYERS)
+    groups = {}
+    for number, (form, targets) in enumerate(wanted.items()):
+        inputs = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
+        groups[f"group_{number}"] = {
+            "targets": targets if len(wanted) > 1 else ["Linear"],
+            "weights": {**SCHEMES[WRITTEN[form]][1], "dynamic": False},
+            "input_activations": inputs if form == "fp8" else None,
+            "output_activations": None,
+            "format": WRITTEN[form],
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": WRITTEN[next(iter(wanted))] if len(wanted) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": [*LEFT_OUT, *(() if choice.dense else DENSE_LAYERS)],
+        "kv_cache_scheme": None,
+    }
 
 
 def _modelopt(raw: dict[str, Any], path: Path) -> Quantization:

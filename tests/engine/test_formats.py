@@ -28,6 +28,7 @@ from engine.tensor_names import tensor_table
 from tests.engine.quantised_models import PUBLISHED, set_quantization, write
 from tests.engine.small_models import CPU, load_model, random_ids
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 LAYER = "model.decoder.layers.0."
 KINDS = sorted(PUBLISHED)
 WEIGHT_CLASSES = {"fp8": Fp8Weight, "nvfp4": Nvfp4Weight, "int4": Int4Weight}
