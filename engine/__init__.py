@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from engine.config import load_model_config, published_config
+from engine.formats import layout
 from engine.interface import (
     CanvasDone,
     CheckpointError,
@@ -19,7 +20,8 @@ from engine.interface import (
     Sampling,
     Usage,
 )
-from engine.memory_plan import CARDS, MemoryPlan, plans, usable
+from engine.memory_plan import CARDS, MemoryPlan, plan_memory, plans, usable
+from engine.quantization_config import load_quantization
 
 
 def build_engine(options: EngineOptions) -> Engine:
@@ -43,7 +45,22 @@ def quantize_checkpoint(
 def memory_plans(folder: str | None) -> tuple[MemoryPlan, ...]:
     """What the checkpoint in a folder needs on a GPU, in every format it can be loaded in; None = the published
     one. Reads its configuration only. Raises CheckpointError."""
-    return plans(load_model_config(Path(folder)) if folder is not None else published_config())
+    if folder is None:
+        return plans(published_config())
+    config = load_model_config(Path(folder))
+    quantization = load_quantization(Path(folder))
+    if quantization is None:
+        return plans(config)
+    own = layout(config, quantization.scheme_of)
+    return (plan_memory(config, own, name=own.format or "bf16"),)
+
+
+def stored_format(folder: str) -> str | None:
+    """The schemes that a checkpoint's quantization_config names; None if it is not quantised.
+
+    Raises CheckpointError for one that cannot be loaded."""
+    quantization = load_quantization(Path(folder))
+    return " and ".join(scheme.title for scheme, _ in quantization.groups) if quantization else None
 
 
 __all__ = [
@@ -66,5 +83,6 @@ __all__ = [
     "build_engine",
     "memory_plans",
     "quantize_checkpoint",
+    "stored_format",
     "usable",
 ]
