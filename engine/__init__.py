@@ -1,5 +1,9 @@
 """The engine: token ids in, token ids out. Import only from here; no torch is imported until `build_engine` runs."""
 
+from pathlib import Path
+
+from engine.config import load_model_config, published_config
+from engine.formats import layout
 from engine.interface import (
     CanvasDone,
     CheckpointError,
@@ -16,6 +20,8 @@ from engine.interface import (
     Sampling,
     Usage,
 )
+from engine.memory_plan import CARDS, MemoryPlan, plan_memory, plans, usable
+from engine.quantization_config import load_quantization
 
 
 def build_engine(options: EngineOptions) -> Engine:
@@ -25,7 +31,40 @@ def build_engine(options: EngineOptions) -> Engine:
     return DiffusionEngine.from_options(options)
 
 
+def quantize_checkpoint(
+    source: str, target: Path, quantize: str, quantize_dense: str | None, *, device: str = "auto", progress: bool = True
+) -> Path:
+    """Write a quantised copy of a checkpoint into a new folder. Options as in EngineOptions. Raises EngineError."""
+    from engine.export import write_quantized  # deferred: imports torch
+    from engine.formats import choose
+    from engine.options import choose_device
+
+    return write_quantized(source, target, choose(quantize, quantize_dense), choose_device(device), progress=progress)
+
+
+def memory_plans(folder: str | None) -> tuple[MemoryPlan, ...]:
+    """What the checkpoint in a folder needs on a GPU, in every format it can be loaded in; None = the published
+    one. Reads its configuration only. Raises CheckpointError."""
+    if folder is None:
+        return plans(published_config())
+    config = load_model_config(Path(folder))
+    quantization = load_quantization(Path(folder))
+    if quantization is None:
+        return plans(config)
+    own = layout(config, quantization.scheme_of)
+    return (plan_memory(config, own, name=own.format or "bf16"),)
+
+
+def stored_format(folder: str) -> str | None:
+    """The schemes that a checkpoint's quantization_config names; None if it is not quantised.
+
+    Raises CheckpointError for one that cannot be loaded."""
+    quantization = load_quantization(Path(folder))
+    return " and ".join(scheme.title for scheme, _ in quantization.groups) if quantization else None
+
+
 __all__ = [
+    "CARDS",
     "CanvasDone",
     "CheckpointError",
     "Engine",
@@ -36,9 +75,14 @@ __all__ = [
     "FinishReason",
     "Finished",
     "GenerationRequest",
+    "MemoryPlan",
     "QueueFull",
     "RequestTooLong",
     "Sampling",
     "Usage",
     "build_engine",
+    "memory_plans",
+    "quantize_checkpoint",
+    "stored_format",
+    "usable",
 ]

@@ -1,8 +1,8 @@
-"""A checkpoint folder (or hub id) becomes named tensors on the device.
+"""A checkpoint folder (or hub id) becomes named weights on the device.
 
-The name table below is the one place that knows how the published names map onto ours: projections of one input are
-stacked into one matrix at load time. Tensors are copied one by one from the mapped file into their final place, so
-nothing is held twice. Knows no layer's maths and builds no model.
+`plan_checkpoint` reads configuration only and says what will be needed; `read_checkpoint` copies the stored tensors
+one by one from the mapped file into their final place, quantising on the way if asked, so nothing is held twice.
+Which tensors there must be is `engine.formats`' to say. Knows no layer's maths and builds no model.
 
 Invariant: a folder loads completely or not at all. Every missing, unexpected or mis-shaped tensor is a
 CheckpointError that names it; only the vision tower's are skipped.
@@ -28,81 +28,120 @@ from tqdm import tqdm
 
 from engine.config import (
     GenerationDefaults,
-    LayerConfig,
     ModelConfig,
     load_generation_defaults,
     load_model_config,
     read_json,
 )
+from engine.formats import SCHEMES, Choice, Format, Layout, Piece, layout
 from engine.interface import CheckpointError
+from engine.kernels.weights import Weight, nbytes, shape
+from engine.quantization_config import load_quantization
+from engine.quantize import CHUNK, allocate, parts_of, quantize
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")  # not served yet
-FORMATS = {"BF16": "bf16", "F32": "fp32"}
-ITEM_BYTES = {"BF16": 2, "F32": 4}
-DOWNLOADED = ("*.json", "*.safetensors", "*.jinja", "*.model")
+PLAIN_FORMATS = {"BF16": "bf16", "F32": "fp32"}
+ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1, "I32": 4, "I64": 8}
+DESCRIPTION = ("*.json", "*.jinja", "*.model")  # of a checkpoint: all but its weights
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A loaded checkpoint. `tensors` has our names, see `tensor_table`; tied weights are there once."""
+    """A loaded checkpoint. `tensors` has our names, see `tensor_names.tensor_table`; tied weights are there once."""
 
     path: Path
     config: ModelConfig
     generation: GenerationDefaults
-    tensors: Mapping[str, Tensor]
-    format: str  # how most of the weights are stored: "bf16" or "fp32"
+    tensors: Mapping[str, Weight]
+    format: str  # of the experts: "fp8", "nvfp4" or "int4"; if nothing is quantised "bf16" or "fp32", as stored
 
     @property
     def parameters(self) -> int:
         """Number of weights of the text model."""
-        return sum(tensor.numel() for tensor in self.tensors.values())
+        return sum(prod(shape(tensor)) for tensor in self.tensors.values())
 
     @property
     def weight_bytes(self) -> int:
         """Bytes the weights take on the device."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
+        return sum(nbytes(tensor) for tensor in self.tensors.values())
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a stored tensor goes: rows `start` to `start + shape[0]` of our tensor `name`."""
+@dataclass(frozen=True, kw_only=True)
+class CheckpointPlan:
+    """What a checkpoint says of itself, before any weight is read. `source` as given, `path` the local folder."""
 
-    name: str
-    start: int
-    shape: tuple[int, ...]
+    source: str | Path
+    path: Path
+    config: ModelConfig
+    generation: GenerationDefaults
+    layout: Layout
+    quantized: bool  # by the checkpoint itself
+
+    @property
+    def title(self) -> str:
+        """Format of the experts; "bf16", for whatever the model computes in, if nothing is quantised."""
+        return self.layout.format or "bf16"
 
 
 def load_checkpoint(
-    path_or_hub_id: str | Path, device: torch.device, dtype: torch.dtype, progress: bool = True
+    path_or_hub_id: str | Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: bool = True,
+    choice: Choice | None = None,
 ) -> Checkpoint:
-    """Load a folder, or a hub id such as "google/diffusiongemma-26B-A4B-it", onto `device` as `dtype`.
+    """Load a folder, or a hub id such as "google/diffusiongemma-26B-A4B-it", onto `device`.
 
-    Raises CheckpointError, which says what is wrong with which file, key or tensor and what to do.
+    What is not quantised becomes `dtype`; `choice` names what to quantise on the way. Raises CheckpointError, which
+    says what is wrong with which file, key or tensor and what to do.
     """
-    folder = resolve_folder(path_or_hub_id)
+    return read_checkpoint(plan_checkpoint(path_or_hub_id, choice), device, dtype, progress)
+
+
+def plan_checkpoint(path_or_hub_id: str | Path, choice: Choice | None = None) -> CheckpointPlan:
+    """Read the configuration, and of a hub id download no more than that. Raises CheckpointError."""
+    folder = resolve_folder(path_or_hub_id, DESCRIPTION)
     config = load_model_config(folder)
     generation = load_generation_defaults(folder)
-    table = tensor_table(config)
-    with ExitStack() as stack:
-        stored = _open_tensors(folder, stack)
-        _check_tensors(stored, table, folder)
-        tensors = _read(stored, table, device, dtype, progress)
-        kinds: Counter[str] = Counter()
-        for name in table:
-            kinds[stored[name].kind] += stored[name].numel
-    return Checkpoint(
+    quantization = load_quantization(folder)
+    if quantization is not None and choice:
+        raise CheckpointError(
+            f"{folder} is quantised already, so it cannot be quantised while loading; leave --quantize out"
+        )
+    return CheckpointPlan(
+        source=path_or_hub_id,
         path=folder,
         config=config,
         generation=generation,
-        tensors=tensors,
-        format=FORMATS[kinds.most_common(1)[0][0]],
+        layout=layout(config, quantization.scheme_of) if quantization else layout(config, choice=choice),
+        quantized=quantization is not None,
     )
 
 
-def resolve_folder(path_or_hub_id: str | Path) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded first. Raises CheckpointError."""
+def read_checkpoint(plan: CheckpointPlan, device: torch.device, dtype: torch.dtype, progress: bool) -> Checkpoint:
+    """Load what was planned. Raises CheckpointError."""
+    folder = resolve_folder(plan.source, (*DESCRIPTION, "*.safetensors"))
+    with ExitStack() as stack:
+        stored = open_tensors(folder, stack)
+        check_tensors(stored, plan.layout, folder)
+        tensors = _read(stored, plan.layout, device, dtype, progress)
+        kinds: Counter[str] = Counter()
+        for name, piece in plan.layout.pieces.items():
+            if piece.scheme is None:
+                kinds[stored[name].kind] += stored[name].numel
+    return Checkpoint(
+        path=folder,
+        config=plan.config,
+        generation=plan.generation,
+        tensors=tensors,
+        format=plan.layout.format or PLAIN_FORMATS[kinds.most_common(1)[0][0]],
+    )
+
+
+def resolve_folder(path_or_hub_id: str | Path, wanted: tuple[str, ...]) -> Path:
+    """The local folder of a checkpoint; of a hub id the `wanted` files are downloaded first. Raises CheckpointError."""
     folder = Path(path_or_hub_id).expanduser()
     if folder.is_dir():
         return folder
@@ -112,7 +151,7 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
     if isinstance(path_or_hub_id, Path) or name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CheckpointError(f"there is no folder {name}; give a checkpoint folder or a hub id (owner/name)")
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(DOWNLOADED)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(wanted)))
     except (HFValidationError, httpx.HTTPError, OSError, ValueError) as error:
         raise CheckpointError(
             f"{name} is neither a folder nor could it be downloaded: {error}. Check the name, the network and, for "
@@ -120,81 +159,11 @@ def resolve_folder(path_or_hub_id: str | Path) -> Path:
         ) from error
 
 
-def tensor_table(config: ModelConfig) -> dict[str, Place]:
-    """Stored name -> place in our layout, for every tensor of the text model.
-
-    Ours: embedding, norm, self_conditioning.{pre_norm, gate_up, down} and, under layers.N.:
-    input_norm, post_attention_norm, pre_mlp_norm, post_mlp_norm, pre_experts_norm, post_experts_norm, post_ffn_norm,
-    qkv (q, k and, on sliding layers, v), out, q_norm, k_norm, gate_up, down, router, router_scale, expert_scale,
-    expert_gate_up, expert_down, commit_scalar, denoise_scalar.
-    """
-    hidden, width = config.hidden_size, config.intermediate_size
-    table = {
-        "model.decoder.embed_tokens.weight": Place("embedding", 0, (config.vocab_size, hidden)),
-        "model.decoder.norm.weight": Place("norm", 0, (hidden,)),
-        "model.decoder.self_conditioning.pre_norm.weight": Place("self_conditioning.pre_norm", 0, (hidden,)),
-    }
-    table.update(_mlp_table("model.decoder.self_conditioning.", "self_conditioning.", hidden, width))
-    for index, layer in enumerate(config.layers):
-        source, ours = f"model.decoder.layers.{index}.", f"layers.{index}."
-        table[f"model.encoder.language_model.layers.{index}.layer_scalar"] = Place(ours + "commit_scalar", 0, (1,))
-        table[source + "layer_scalar"] = Place(ours + "denoise_scalar", 0, (1,))
-        for stored, name in NORMS.items():
-            table[f"{source}{stored}.weight"] = Place(ours + name, 0, (hidden,))
-        table.update(_attention_table(source + "self_attn.", ours, config, layer))
-        table.update(_mlp_table(source + "mlp.", ours, hidden, width))
-        table.update(_expert_table(source, ours, config))
-    return table
-
-
-NORMS = {
-    "input_layernorm": "input_norm",
-    "post_attention_layernorm": "post_attention_norm",
-    "pre_feedforward_layernorm": "pre_mlp_norm",
-    "post_feedforward_layernorm_1": "post_mlp_norm",
-    "pre_feedforward_layernorm_2": "pre_experts_norm",
-    "post_feedforward_layernorm_2": "post_experts_norm",
-    "post_feedforward_layernorm": "post_ffn_norm",
-}
-
-
-def _attention_table(source: str, ours: str, config: ModelConfig, layer: LayerConfig) -> dict[str, Place]:
-    query_rows, kv_rows = config.num_heads * layer.head_dim, layer.kv_heads * layer.head_dim
-    table = {
-        source + "q_proj.weight": Place(ours + "qkv", 0, (query_rows, config.hidden_size)),
-        source + "k_proj.weight": Place(ours + "qkv", query_rows, (kv_rows, config.hidden_size)),
-        source + "o_proj.weight": Place(ours + "out", 0, (config.hidden_size, query_rows)),
-        source + "q_norm.weight": Place(ours + "q_norm", 0, (layer.head_dim,)),
-        source + "k_norm.weight": Place(ours + "k_norm", 0, (layer.head_dim,)),
-    }
-    if layer.kind == "sliding":  # full layers have none: their values are the raw keys
-        table[source + "v_proj.weight"] = Place(ours + "qkv", query_rows + kv_rows, (kv_rows, config.hidden_size))
-    return table
-
-
-def _mlp_table(source: str, ours: str, hidden: int, width: int) -> dict[str, Place]:
-    return {
-        source + "gate_proj.weight": Place(ours + "gate_up", 0, (width, hidden)),
-        source + "up_proj.weight": Place(ours + "gate_up", width, (width, hidden)),
-        source + "down_proj.weight": Place(ours + "down", 0, (hidden, width)),
-    }
-
-
-def _expert_table(source: str, ours: str, config: ModelConfig) -> dict[str, Place]:
-    count, hidden, width = config.num_experts, config.hidden_size, config.moe_intermediate_size
-    return {
-        source + "router.proj.weight": Place(ours + "router", 0, (count, hidden)),
-        source + "router.scale": Place(ours + "router_scale", 0, (hidden,)),
-        source + "router.per_expert_scale": Place(ours + "expert_scale", 0, (count,)),
-        source + "experts.gate_up_proj": Place(ours + "expert_gate_up", 0, (count, 2 * width, hidden)),
-        source + "experts.down_proj": Place(ours + "expert_down", 0, (count, hidden, width)),
-    }
-
-
 @dataclass(frozen=True)
-class _Stored:
+class Stored:
     """One tensor of an open safetensors file."""
 
+    name: str
     file: Any  # safe_open, untyped
     path: Path
     shape: tuple[int, ...]
@@ -204,10 +173,14 @@ class _Stored:
     def numel(self) -> int:
         return prod(self.shape)
 
+    @property
+    def bytes(self) -> int:
+        return self.numel * ITEM_BYTES[self.kind]
 
-def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, _Stored]:
+
+def open_tensors(folder: Path, stack: ExitStack) -> dict[str, Stored]:
     """Every tensor stored in the folder, by name. The files stay open as long as `stack`."""
-    stored: dict[str, _Stored] = {}
+    stored: dict[str, Stored] = {}
     for path in _weight_files(folder):
         try:
             file = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
@@ -219,7 +192,7 @@ def _open_tensors(folder: Path, stack: ExitStack) -> dict[str, _Stored]:
             if name in stored:
                 raise CheckpointError(f"tensor {name} is stored twice, in {stored[name].path} and {path}")
             entry = file.get_slice(name)
-            stored[name] = _Stored(file, path, tuple(entry.get_shape()), entry.get_dtype())
+            stored[name] = Stored(name, file, path, tuple(entry.get_shape()), entry.get_dtype())
     return stored
 
 
@@ -236,27 +209,43 @@ def _weight_files(folder: Path) -> Iterator[Path]:
         yield folder / shard
 
 
-def _check_tensors(stored: dict[str, _Stored], table: dict[str, Place], folder: Path) -> None:
-    """Raise CheckpointError unless the stored tensors are exactly those of the table, plus the vision tower's."""
-    if missing := sorted(table.keys() - stored.keys()):
-        raise CheckpointError(f"{folder} lacks {_names(missing)}; the download is incomplete or for another model")
-    surplus = sorted(name for name in stored.keys() - table.keys() if not name.startswith(VISION))
-    if surplus:
-        raise CheckpointError(
-            f"{folder} holds {_names(surplus)}, which this model does not have; config.json does not match the "
-            "weights, or they are in a format that is not supported"
+def check_tensors(stored: Mapping[str, Stored], plan: Layout, folder: Path) -> None:
+    """Raise CheckpointError unless the stored tensors are exactly those of the layout, plus the vision tower's."""
+    if missing := sorted(name for name, piece in plan.pieces.items() if piece.required and name not in stored):
+        scheme = plan.pieces[missing[0]].scheme
+        module = missing[0].rpartition(".")[0]
+        why = (
+            f"quantization_config says that {module} is stored as {scheme.title}; it contradicts the tensors, or the "
+            "download is incomplete"
+            if scheme
+            else "the download is incomplete or for another model"
         )
-    for name, place in table.items():
-        tensor = stored[name]
-        if tensor.shape != place.shape:
-            raise CheckpointError(
-                f"tensor {name} in {tensor.path} has shape {list(tensor.shape)}, but config.json asks for "
-                f"{list(place.shape)}; they belong to different models"
-            )
-        if tensor.kind not in FORMATS:
-            raise CheckpointError(
-                f"tensor {name} in {tensor.path} is stored as {tensor.kind}; only {' and '.join(FORMATS)} are supported"
-            )
+        raise CheckpointError(f"{folder} lacks {_names(missing)}; {why}")
+    surplus = sorted(name for name in stored.keys() - plan.pieces.keys() if not name.startswith(VISION))
+    if surplus:
+        module, _, suffix = surplus[0].rpartition(".")
+        quantised = any(suffix == part.suffix for scheme in SCHEMES for part in scheme.parts)
+        raise CheckpointError(
+            f"{folder} holds {_names(surplus)}, which this model does not have; config.json does not match the weights"
+            + (f": its quantization_config leaves {module} unquantised, or names another scheme" if quantised else "")
+        )
+    for name, piece in plan.pieces.items():
+        if name in stored:
+            _check_tensor(name, stored[name], piece)
+
+
+def _check_tensor(name: str, tensor: Stored, piece: Piece) -> None:
+    scalars = ((), (1,))  # written either way
+    if tensor.shape != piece.shape and not (tensor.shape in scalars and piece.shape in scalars):
+        raise CheckpointError(
+            f"tensor {name} in {tensor.path} has shape {list(tensor.shape)}, but config.json asks for "
+            f"{list(piece.shape)}; they belong to different models"
+        )
+    if tensor.kind not in piece.kinds:
+        raise CheckpointError(
+            f"tensor {name} in {tensor.path} is stored as {tensor.kind}; only {' and '.join(piece.kinds)} are "
+            f"supported for {piece.scheme.title if piece.scheme else 'an unquantised tensor'}"
+        )
 
 
 def _names(names: list[str]) -> str:
@@ -265,20 +254,53 @@ def _names(names: list[str]) -> str:
 
 
 def _read(
-    stored: dict[str, _Stored], table: dict[str, Place], device: torch.device, dtype: torch.dtype, progress: bool
-) -> dict[str, Tensor]:
-    """Allocate our tensors on the device and copy every stored one into its place."""
-    rows: Counter[str] = Counter()
-    for place in table.values():
-        rows[place.name] += place.shape[0]
-    tensors: dict[str, Tensor] = {}
-    total = sum(stored[name].numel * ITEM_BYTES[stored[name].kind] for name in table)
+    stored: Mapping[str, Stored], plan: Layout, device: torch.device, dtype: torch.dtype, progress: bool
+) -> dict[str, Weight]:
+    """Allocate our weights on the device and copy every stored tensor into its place."""
+    weights: dict[str, Weight] = {}
+    wanted = {name: piece for name, piece in plan.pieces.items() if piece.read and name in stored}
+    total = sum(stored[name].bytes for name in wanted)
     with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, desc="loading", disable=not progress) as bar:
-        for name, place in sorted(table.items(), key=lambda item: (str(stored[item[0]].path), item[0])):
-            if place.name not in tensors:
-                shape = (rows[place.name], *place.shape[1:])
-                tensors[place.name] = torch.empty(shape, dtype=dtype, device=device)
-            source = stored[name]
-            tensors[place.name][place.start : place.start + place.shape[0]].copy_(source.file.get_tensor(name))
-            bar.update(source.numel * ITEM_BYTES[source.kind])
-    return tensors
+        for name, piece in sorted(wanted.items(), key=lambda item: (str(stored[item[0]].path), item[0])):
+            spec = plan.weights[piece.name]
+            if piece.name not in weights:
+                weights[piece.name] = allocate(spec, dtype, device)
+            weight = weights[piece.name]
+            if spec.format is not None and piece.scheme is None:
+                for start, count, chunk in quantized_chunks(stored[name], spec.format, device):
+                    for field, tensor in parts_of(chunk).items():
+                        parts_of(weight)[field].narrow(0, piece.start + start, count).copy_(tensor)
+                    bar.update(stored[name].bytes * count // piece.rows)
+            else:
+                _copy(stored[name].file.get_tensor(name), piece, parts_of(weight)[piece.field or ""])
+                bar.update(stored[name].bytes)
+    return weights
+
+
+def _copy(tensor: Tensor, piece: Piece, target: Tensor) -> None:
+    """One stored tensor into its rows of `target`, a field of our weight."""
+    place = (target if piece.expert is None else target[piece.expert])[piece.start : piece.start + piece.rows]
+    match piece.how:
+        case "copy":
+            place.copy_(tensor.reshape(place.shape))
+        case "bytes":
+            place.copy_(tensor.view(place.dtype))
+        case "fill":
+            place.fill_(tensor.item())
+        case "fill reciprocal":
+            place.fill_(tensor.reciprocal().item())  # in float32, as the tensor is
+
+
+def quantized_chunks(source: Stored, form: Format, device: torch.device) -> Iterator[tuple[int, int, Weight]]:
+    """A stored matrix, quantised some rows or experts at a time: first of them, their number, the weight.
+
+    Raises CheckpointError if a value is not finite.
+    """
+    entry = source.file.get_slice(source.name)
+    step = max(1, CHUNK // prod(source.shape[1:]))
+    for start in range(0, source.shape[0], step):
+        chunk = entry[start : start + step].to(device)
+        try:
+            yield start, len(chunk), quantize(chunk, form)
+        except ValueError as error:
+            raise CheckpointError(f"tensor {source.name} in {source.path} cannot be quantised: {error}") from None

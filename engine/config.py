@@ -63,20 +63,38 @@ class GenerationDefaults:
     pad_id: int
 
 
+def published_config() -> ModelConfig:
+    """The sizes of google/diffusiongemma-26B-A4B-it, for plans and benchmarks that have no checkpoint at hand."""
+    sliding = LayerConfig(kind="sliding", head_dim=256, kv_heads=8, rope_theta=1e4, rope_partial=1.0)
+    full = LayerConfig(kind="full", head_dim=512, kv_heads=2, rope_theta=1e6, rope_partial=0.25)
+    return ModelConfig(
+        vocab_size=262_144,
+        hidden_size=2816,
+        canvas_length=256,
+        max_positions=262_144,
+        sliding_window=1024,
+        num_heads=16,
+        rms_norm_eps=1e-6,
+        final_softcap=30.0,
+        intermediate_size=2112,
+        moe_intermediate_size=704,
+        num_experts=128,
+        top_k_experts=8,
+        layers=(*(sliding,) * 5, full) * 5,
+    )
+
+
 def load_model_config(folder: Path) -> ModelConfig:
-    """Read config.json. Raises CheckpointError for another architecture or a feature the engine lacks."""
+    """Read config.json. Raises CheckpointError for another architecture or a feature the engine lacks.
+
+    quantization_config is not read here but in `engine.quantization_config`."""
     raw = read_json(folder / "config.json")
     if raw.get("model_type") != MODEL_TYPE:
         raise CheckpointError(
             f"{folder / 'config.json'}: model_type is {raw.get('model_type')!r}, but only {MODEL_TYPE!r} "
             "can be served; choose a DiffusionGemma checkpoint"
         )
-    if quantization := raw.get("quantization_config"):
-        named = quantization.get("quant_method", "unnamed") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            f"{folder / 'config.json'}: quantization_config {named!r} is not supported; "
-            "choose an unquantised (bfloat16 or float32) checkpoint"
-        )
+    raw.pop("quantization_config", None)  # how weights are stored is no size of the model
     return _model_config(_parse(raw, folder), folder)
 
 

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.checkpoint import load_checkpoint
+from engine.checkpoint import plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
 from engine.denoise import Canvas, Denoiser, Model
+from engine.formats import choose
 from engine.interface import (
     EngineError,
     EngineInfo,
@@ -32,7 +33,15 @@ from engine.interface import (
 )
 from engine.kv_cache import KVCache, KVPool
 from engine.model.gemma4 import DiffusionGemma
-from engine.options import OP_SETS, check_options, choose_context, choose_device, choose_dtype, choose_kernels
+from engine.options import (
+    OP_SETS,
+    check_options,
+    choose_context,
+    choose_device,
+    choose_dtype,
+    choose_kernels,
+    require_fit,
+)
 from engine.scheduler import CommitChunk, Scheduler, Slot
 
 logger = logging.getLogger(__name__)
@@ -89,14 +98,17 @@ class DiffusionEngine:
 
     @classmethod
     def from_options(cls, options: EngineOptions) -> DiffusionEngine:
-        """Load a checkpoint. Raises EngineError for an option that cannot be met, CheckpointError for the rest."""
+        """Load a checkpoint. Raises EngineError for an option that cannot be met or a model that does not fit, before
+        anything is read, and CheckpointError for the rest."""
         started = time.monotonic()
         check_options(options)
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
         kernels = choose_kernels(options.kernels)
-        checkpoint = load_checkpoint(options.model, device, dtype, options.progress)
-        config, schedule = checkpoint.config, checkpoint.generation
+        plan = plan_checkpoint(options.model, choose(options.quantize, options.quantize_dense))
+        config, schedule = plan.config, plan.generation
+        require_fit(plan, options, device, dtype)
+        checkpoint = read_checkpoint(plan, device, dtype, options.progress)
         context = choose_context(options.context_length, config, device, dtype)
         try:
             pool = KVPool(config, SLOTS, context, device, dtype, chunk=options.commit_chunk)
@@ -118,7 +130,7 @@ class DiffusionEngine:
             load_seconds=time.monotonic() - started,
         )
         logger.info(
-            "%s: %.1f M parameters stored as %s, run in %s on %s with %s kernels; context %d, KV %.1f MiB; %.1f s",
+            "%s: %.1f M parameters, format %s, run in %s on %s with %s kernels; context %d, KV %.1f MiB; %.1f s",
             info.model_path,
             info.parameters / 1e6,
             info.format,

@@ -101,7 +101,7 @@ class EngineInfo:
     eos_ids: frozenset[int]
     device: str
     dtype: str
-    format: str  # storage format of the weights, e.g. "bf16"
+    format: str  # of the experts: "fp8", "nvfp4" or "int4"; if nothing is quantised "bf16" or "fp32", as stored
     kernels: str  # which op set runs: "reference" or "triton"
     parameters: int
     weight_bytes: int
@@ -142,5 +142,7 @@ class EngineOptions:
     kernels: str = "auto"  # auto | reference
     context_length: int | None = None  # None = the checkpoint's, as far as memory goes
     max_waiting: int = 64  # bound of the waiting queue
+    quantize: str | None = None  # fp8 | nvfp4 | int4: quantise a bf16 checkpoint while loading
+    quantize_dense: str | None = None  # fp8: attention and dense MLP too, where `quantize` leaves them
     commit_chunk: int = 512  # prompt tokens committed between two steps
     progress: bool = True  # show a progress bar while loading

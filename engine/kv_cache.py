@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
-from engine.pages import PAGE, PagePool, SlotPages
+from engine.pages import PAGE, PagePool, SlotPages, pages_of_a_slot
 
 CHUNK = 512  # positions one pass commits at most; bounds the sliding pool and the attention scores
 KINDS = ("sliding", "full")
@@ -74,10 +74,9 @@ class KVPool:
             raise ValueError(f"slots, capacity and chunk must be at least 1, not {slots}, {capacity} and {chunk}")
         self.chunk = chunk
         ahead = chunk + config.canvas_length  # what one pass may write behind the committed positions
-        kept = config.sliding_window - 1
-        counts = {"full": -(-(capacity + ahead) // PAGE), "sliding": -(-(kept + ahead) // PAGE) + 1}
+        counts = pages_of_a_slot(capacity=capacity, window=config.sliding_window, ahead=ahead)
         pools = {kind: PagePool(slots * counts[kind]) for kind in KINDS}
-        self.slots = tuple(KVCache(pools, capacity, kept) for _ in range(slots))
+        self.slots = tuple(KVCache(pools, capacity, config.sliding_window - 1) for _ in range(slots))
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         for layer in config.layers:

@@ -6,17 +6,19 @@ Invariant: a choice that cannot be met is an EngineError that says what could be
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
 
+from engine.checkpoint import CheckpointPlan
 from engine.config import ModelConfig
 from engine.interface import EngineError, EngineOptions
 from engine.kernels.reference import REFERENCE
+from engine.memory_plan import MIN_CONTEXT, plan_memory, plans, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OP_SETS = {"reference": REFERENCE}
 CUDA_RESERVE = 2 * 2**30  # bytes left for activations and logits when the context is sized to the memory
-MIN_CONTEXT = 1024  # positions; a model that leaves no room for these does not fit the device
 
 
 def check_options(options: EngineOptions) -> None:
@@ -98,3 +100,33 @@ def free_memory(device: torch.device) -> int:
         free, _ = torch.cuda.mem_get_info(device)
         return max(0, free - CUDA_RESERVE)
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
+def require_fit(plan: CheckpointPlan, options: EngineOptions, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise EngineError if weights, KV cache and work space exceed the memory that is free on the device now."""
+    gpu = device.type == "cuda"
+    wanted = plan_memory(
+        plan.config,
+        plan.layout,
+        name=plan.title,
+        itemsize=dtype.itemsize,
+        gpu=gpu,
+        commit_chunk=options.commit_chunk,
+    )
+    others = () if plan.quantized else plans(plan.config, itemsize=dtype.itemsize, gpu=gpu)
+    problem = refusal(wanted, others, context=options.context_length, free=available_memory(device), where=str(device))
+    if problem is not None:
+        raise EngineError(f"{options.model}: {problem}")
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes free on the GPU, or those that the host could give without swapping."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    listing = Path("/proc/meminfo")
+    if listing.is_file():
+        for line in listing.read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -11,6 +11,12 @@ from __future__ import annotations
 PAGE = 64  # positions; small enough that half-filled last pages waste little, large enough for one tile of a kernel
 
 
+def pages_of_a_slot(*, capacity: int, window: int, ahead: int) -> dict[str, int]:
+    """Pages that one slot can hold at a time, by kind of layer: `capacity` positions committed, those of the last
+    `window` - 1 in sliding layers, and what one pass writes `ahead` of them."""
+    return {"full": -(-(capacity + ahead) // PAGE), "sliding": -(-(window - 1 + ahead) // PAGE) + 1}
+
+
 class PagePool:
     """`count` pages, numbered from 0."""
 

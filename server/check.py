@@ -17,29 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from engine import CARDS, MemoryPlan, memory_plans, usable
 from server.address import AddressError, bind
 
 GB = 1e9
-# What a step needs beside the weights: KV for some ten thousand tokens, logits, work space.
-WORKING_BYTES = 4 * GB
-
-
-@dataclass(frozen=True)
-class Format:
-    """A storage format the published checkpoint comes in."""
-
-    name: str
-    weight_bytes: float
-    loadable: bool  # by this version
-
-
-FORMATS = (
-    Format("bf16", 51.6 * GB, True),
-    Format("fp8", 25.3 * GB, False),
-    Format("nvfp4", 18.8 * GB, False),
-    Format("int4", 17.2 * GB, False),
-)
-
+SHORT = 1024  # positions of the context that "does not fit" is about
 _TORCH_PROBE = """
 import json, torch
 gpus = []
@@ -200,23 +182,36 @@ def runs_on(architectures: Sequence[str], capability: tuple[int, int]) -> bool:
 
 def check_fit(gpus: Sequence[Gpu]) -> Iterator[Finding]:
     """Which format of the published checkpoint fits the largest GPU."""
+    plans = memory_plans(None)
     if not gpus:
-        sizes = ", ".join(f"{form.name} {form.weight_bytes / GB:.1f} GB" for form in FORMATS)
+        sizes = ", ".join(f"{plan.format} {plan.weights / GB:.1f} GB" for plan in plans)
         yield Finding("note", f"The published checkpoint needs a GPU ({sizes})", "The bundled demo model runs here.")
         return
     gpu = max(gpus, key=lambda each: each.total)
-    for form in FORMATS:
-        size = f"{form.name}: {form.weight_bytes / GB:.1f} GB of weights"
-        needed = form.weight_bytes + WORKING_BYTES
-        if needed > gpu.total:
-            yield Finding("note", f"{size} do not fit this GPU (about {needed / GB:.0f} GB needed)")
-        elif not form.loadable:
-            yield Finding("note", f"{size} would fit this GPU, but this version cannot load the format yet")
-        elif needed > gpu.free:
-            advice = "Stop what else uses the GPU (nvidia-smi lists it)."
-            yield Finding("problem", f"{size} fit this GPU, but only {gpu.free / GB:.1f} GB are free", advice)
+    crowded = []
+    for plan in plans:
+        size = f"{plan.format}: {plan.weights / GB:.1f} GB of weights"
+        longest = plan.context(gpu.total)
+        if not longest:
+            yield Finding("note", f"{size} do not fit this GPU (about {plan.needed(SHORT) / GB:.0f} GB needed)")
+        elif not plan.context(gpu.free):
+            crowded.append(plan.format)
         else:
-            yield Finding("good", f"{size} fit this GPU")
+            yield Finding("good", f"{size} fit this GPU, with a context of up to {longest}")
+    if crowded:
+        what = f"In use: {'; '.join(crowded)} would fit this GPU, but only {gpu.free / GB:.1f} GB are free"
+        yield Finding("problem", what, "Stop what else uses the GPU (nvidia-smi lists it).")
+
+
+def memory_table(title: str, plans: Sequence[MemoryPlan]) -> str:
+    """Formats x cards: the longest context, "-" where the model does not fit."""
+    width = max(len(plan.format) for plan in plans)
+    lines = [title, f"{'':{width}}  weights" + "".join(f"{f'{card} GB':>9}" for card in CARDS)]
+    for plan in plans:
+        contexts = (plan.context(usable(card)) for card in CARDS)
+        cells = "".join(f"{f'{length // 1024}k' if length >= 1024 else length or '-':>9}" for length in contexts)
+        lines.append(f"{plan.format:{width}}{f'{plan.weights / GB:.2f}':>6} GB{cells}")
+    return "\n".join(lines)
 
 
 def cpu_name() -> str:

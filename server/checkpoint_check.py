@@ -10,15 +10,18 @@ from __future__ import annotations
 import json
 import struct
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine import CheckpointError, MemoryPlan, memory_plans, stored_format
 from server.check import GB, Finding
+from server.config import DEMO_CHECKPOINT
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _LOADABLE_DTYPES = {"BF16": "bf16", "F32": "fp32"}
+_NO_SCHEME = "config.json has no quantization_config that explains this; download the checkpoint again."
 _AGAIN = "Download the checkpoint again, or name another folder."
 
 
@@ -48,6 +51,15 @@ def check_checkpoint(model: str) -> Iterator[Finding]:
         yield Finding("problem", f"Model {folder}: {error}", _AGAIN)
 
 
+def plans_of(model: str) -> tuple[str, Sequence[MemoryPlan]]:
+    """What `easel check` shows the memory of, and its plans: the named model, or for the demo or one that is not
+    here yet the published checkpoint. Raises CheckpointError."""
+    folder = Path(model) if Path(model).is_dir() else _cached(model)
+    if folder is None or folder == DEMO_CHECKPOINT:
+        return "The published checkpoint: longest context on a card of", memory_plans(None)
+    return f"{model}: longest context on a card of", memory_plans(str(folder))
+
+
 def _check_config(folder: Path, config: Mapping[str, Any]) -> Iterator[Finding]:
     if config.get("model_type") != "diffusion_gemma":
         raise _Broken(f"config.json says model_type {config.get('model_type')!r}; only diffusion_gemma can be served")
@@ -69,19 +81,16 @@ def _check_tensors(folder: Path, config: Mapping[str, Any], tensors: Mapping[str
         raise _Broken(f"tensor {missing[0]} is missing" + (f" and {len(missing) - 1} more" if missing[1:] else ""))
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     summary = f"{len(tensors)} tensors, {size / GB:.2f} GB"
-    quantised = config.get("quantization_config")
     dtypes = {_LOADABLE_DTYPES.get(dtype, dtype) for dtype, _ in Counter(tensors.values()).most_common()}
+    try:
+        quantised = stored_format(str(folder))
+    except CheckpointError as error:
+        yield Finding("problem", f"Weights: {summary}. {error}", "Choose a checkpoint in a known format.")
+        return
     if quantised is not None:
-        method = quantised.get("quant_method", "unknown") if isinstance(quantised, dict) else "unknown"
-        yield Finding(
-            "problem",
-            f"Weights: {summary}, quantised ({method})",
-            "This version loads bf16 only: use the checkpoint it was made from.",
-        )
+        yield Finding("good", f"Weights: {summary}, {quantised}, no file cut short")
     elif unknown := dtypes - set(_LOADABLE_DTYPES.values()):
-        yield Finding(
-            "problem", f"Weights: {summary}, stored as {', '.join(sorted(unknown))}", "This version loads bf16 only."
-        )
+        yield Finding("problem", f"Weights: {summary}, stored as {', '.join(sorted(unknown))}", _NO_SCHEME)
     else:
         yield Finding("good", f"Weights: {summary}, {' and '.join(sorted(dtypes))}, no file cut short")
 

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from engine import CheckpointError, EngineError, EngineInfo, build_engine
+from engine import CheckpointError, EngineError, EngineInfo, build_engine, quantize_checkpoint
 from server.address import AddressError, bind, url
 from server.config import DEMO_CHECKPOINT, Settings, SettingsError
 from server.flags import takes_settings
@@ -162,8 +162,8 @@ def bench(
 @takes_settings("server", "engine")
 def check(settings: Settings) -> None:
     """Look at this machine: what hardware, which checkpoint format fits, what is wrong."""
-    from server.check import Finding, findings
-    from server.checkpoint_check import check_checkpoint
+    from server.check import Finding, findings, memory_table
+    from server.checkpoint_check import check_checkpoint, plans_of
 
     console = Console(highlight=False)
     styles = {"good": "green", "note": "dim", "problem": "bold red"}
@@ -179,9 +179,29 @@ def check(settings: Settings) -> None:
             console.print(line, soft_wrap=True)
 
     show(findings(settings.server.host, settings.server.port))
+    before = problems
     show(check_checkpoint(settings.engine.model))
+    if problems == before:
+        console.print(f"\n{memory_table(*plans_of(settings.engine.model))}\n", soft_wrap=True)
     console.print("No problems." if not problems else f"{problems} problem{'s' if problems > 1 else ''}.")
     raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="IN", help="Folder of a bf16 checkpoint, or its hub id.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
+    form: Annotated[str, typer.Option("--format", help="fp8, or nvfp4 or int4 for the experts.")],
+    quantize_dense: Annotated[
+        str | None, typer.Option(help="fp8: attention and dense MLP too; --format fp8 always takes them.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.")] = "auto",
+) -> None:
+    """Write a quantised copy of a checkpoint in the published layout, for any engine that reads compressed-tensors."""
+    shown = sys.stderr.isatty()
+    written = quantize_checkpoint(source, target, form, quantize_dense, device=device, progress=shown)
+    size = sum(path.stat().st_size for path in written.iterdir())
+    print(f"{written}: {_size(size)}")
 
 
 @contextmanager

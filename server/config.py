@@ -101,6 +101,16 @@ class EngineSettings(_Section):
         description="Positions a prompt and its reply may take together; the checkpoint's if left out.",
         examples=[32768],
     )
+    quantize: Literal["fp8", "nvfp4", "int4"] | None = Field(
+        None,
+        description="Quantise a bf16 checkpoint while loading: fp8, or the experts to nvfp4 or int4.",
+        examples=["nvfp4"],
+    )
+    quantize_dense: Literal["fp8"] | None = Field(
+        None,
+        description="fp8: with quantize, take attention and the dense MLP to 8 bit too (quantize fp8 always does).",
+        examples=["fp8"],
+    )
     max_waiting: int = Field(64, ge=1, description="Requests that may wait for their turn before more are turned away.")
 
     def options(self, *, progress: bool) -> EngineOptions:
@@ -111,6 +121,8 @@ class EngineSettings(_Section):
             dtype=self.dtype,
             kernels=self.kernels,
             context_length=self.context,
+            quantize=self.quantize,
+            quantize_dense=self.quantize_dense,
             max_waiting=self.max_waiting,
             progress=progress,
         )

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
+from engine import memory_plans
 from server import check, cli
-from server.check import GB, Finding, Gpu, Torch, check_fit, check_port, check_torch, runs_on
-from server.checkpoint_check import check_checkpoint
+from server.check import GB, Finding, Gpu, Torch, check_fit, check_port, check_torch, memory_table, runs_on
+from server.checkpoint_check import check_checkpoint, plans_of
+from server.config import DEMO_CHECKPOINT
 
 CPU_TORCH = Torch(version="2.13.0+cpu", cuda=None, architectures=(), gpus=())
 
@@ -75,20 +77,44 @@ def test_which_chips_a_build_runs_on(
     assert runs_on(architectures, capability) is expected
 
 
+FOUR_BIT = {"nvfp4", "nvfp4, dense fp8", "int4", "int4, dense fp8"}
+
+
 @pytest.mark.parametrize(
     ("gigabytes", "fitting"),
-    [(80, {"bf16", "fp8", "nvfp4", "int4"}), (34, {"fp8", "nvfp4", "int4"}), (25.7, {"nvfp4", "int4"}), (16, set())],
+    [(80, {"bf16", "fp8", *FOUR_BIT}), (34, {"fp8", *FOUR_BIT}), (25.7, FOUR_BIT), (16, set())],
 )
 def test_which_formats_fit(gigabytes: float, fitting: set[str]) -> None:
     found = list(check_fit([_gpu(gigabytes)]))
-    assert {f.what.split(":")[0] for f in found if "do not fit" not in f.what} == fitting
-    # Only what this version can load is called good.
-    assert {name for name, level in _levels(found).items() if level == "good"} == fitting & {"bf16"}
+    assert {name for name, level in _levels(found).items() if level == "good"} == fitting
+    assert {name for name, level in _levels(found).items() if level == "note"} == {"bf16", "fp8", *FOUR_BIT} - fitting
+    assert all("context of up to" in f.what for f in found if f.level == "good")
+
+
+def test_table_of_formats_and_cards() -> None:
+    title, cards, *rows = memory_table("Title", memory_plans(None)).splitlines()
+    assert title == "Title"
+    assert cards.split() == ["weights", *(word for size in (12, 16, 24, 32, 48, 96, 128) for word in (str(size), "GB"))]
+    cells = {row[:16].strip(): row[16:].split() for row in rows}
+    assert cells["bf16"] == ["50.50", "GB", "-", "-", "-", "-", "-", "256k", "256k"]
+    assert cells["fp8"][:6] == ["26.09", "GB", "-", "-", "-", cells["fp8"][5]] and cells["fp8"][5].endswith("k")
+    assert cells["nvfp4"][:4] == ["17.74", "GB", "-", "-"] and cells["nvfp4"][5:] == ["256k"] * 4
+    assert cells.keys() == {"bf16", "fp8", *FOUR_BIT}
+
+
+def test_the_table_is_of_the_model_that_was_named(tmp_path: Path) -> None:
+    demo = plans_of(str(DEMO_CHECKPOINT))
+    assert demo == plans_of("owner/no-such-model-anywhere")
+    assert "published" in demo[0]
+    copy = Path(shutil.copytree(DEMO_CHECKPOINT, tmp_path / "copy"))
+    title, plans = plans_of(str(copy))
+    assert str(copy) in title
+    assert plans[0].max_context == 4096 and plans[0].weights < 1e8
 
 
 def test_a_gpu_in_use_is_a_problem() -> None:
-    found = list(check_fit([_gpu(80, free=20)]))
-    assert _levels(found)["bf16"] == "problem"
+    (problem,) = (f for f in check_fit([_gpu(80, free=25)]) if f.level == "problem")
+    assert "bf16; fp8 would fit this GPU, but only 25.0 GB are free" in problem.what
 
 
 def test_every_problem_says_what_to_do() -> None:
@@ -117,6 +143,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
     said = capsys.readouterr().out
     assert "torch 2." in said
     assert "DiffusionGemma, canvas of" in said
+    assert "longest context on a card of" in said
     assert left.value.code == (1 if "problem " in said else 0)
 
 
@@ -193,9 +220,13 @@ def test_a_missing_layer_is_named(tmp_path: Path) -> None:
     assert "model.decoder.layers.1.layer_scalar is missing and 1 more" in _only_problem(folder)
 
 
-def test_a_quantised_checkpoint_cannot_be_loaded_yet(tmp_path: Path) -> None:
-    folder = _checkpoint(tmp_path, quantization_config={"quant_method": "modelopt"})
-    assert "quantised (modelopt)" in _only_problem(folder)
+def test_a_quantised_checkpoint(tmp_path: Path) -> None:
+    folder = _checkpoint(tmp_path, quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"})
+    found = list(check_checkpoint(str(folder)))
+    assert [f.level for f in found] == ["good", "good"]
+    assert "modelopt NVFP4" in found[1].what
+    other = _checkpoint(tmp_path, quantization_config={"quant_method": "gptq"})
+    assert "quant_method 'gptq' is not supported; known are" in _only_problem(other)
     plain = _checkpoint(tmp_path, dtype="F8_E4M3")
     assert "stored as F8_E4M3" in _only_problem(plain)
 

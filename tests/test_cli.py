@@ -121,7 +121,18 @@ def test_version_and_help() -> None:
 
 def test_help_shows_every_setting_with_its_description() -> None:
     shown = _easel("serve", "--help").stdout
-    for flag in ("--host", "--port", "--alias", "--model", "--device", "--dtype", "--kernels", "--context", "--config"):
+    for flag in (
+        "--host",
+        "--port",
+        "--alias",
+        "--model",
+        "--device",
+        "--dtype",
+        "--kernels",
+        "--context",
+        "--quantize",
+        "--config",
+    ):
         assert flag in shown
     assert "EASEL_MAX_WAITING" in shown
     assert "--api-key" not in shown
@@ -140,6 +151,12 @@ def test_help_shows_every_setting_with_its_description() -> None:
         (["serve", "--model", "/nowhere/at all", "--port", "0"], "/nowhere/at all"),
         (["bench", "--model", "/nowhere/at all"], "/nowhere/at all"),
         (["chat", "--url", "http://127.0.0.1:1"], "easel: no server answers at http://127.0.0.1:1"),
+        (["serve", "--quantize", "int8"], "easel: --quantize: "),
+        (["bench", "--quantize-dense", "fp8"], "easel: quantize_dense needs quantize"),
+        (["quantize", "/nowhere/at all", "out"], "--format"),
+        (["quantize", "/nowhere/at all", "out", "--format", "fp4"], "easel: unknown format 'fp4'"),
+        (["quantize", "/nowhere/at all", "out", "--format", "fp8"], "easel: there is no folder /nowhere/at all"),
+        (["quantize", "in", str(ROOT), "--format", "fp8"], f"easel: {ROOT} exists already"),
         (["chat", "--url", "nonsense"], "easel: no server answers at nonsense"),
     ],
 )
@@ -366,3 +383,13 @@ def _soon(condition: object, seconds: float = 10.0) -> bool:
             return True
         time.sleep(0.02)
     return False
+
+
+def test_quantize_writes_a_checkpoint_that_answers(tmp_path: Path) -> None:
+    out = tmp_path / "demo-nvfp4"
+    done = _easel("quantize", str(DEMO_CHECKPOINT), str(out), "--format", "nvfp4", "--quantize-dense", "fp8")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{out}: ") and done.stdout.endswith(" MB\n")
+    asked = _easel("bench", "--model", str(out), "--requests", "1", "--prompt", "What is 17 + 25?")
+    assert asked.returncode == 0
+    assert "weights nvfp4" in asked.stdout

@@ -3,6 +3,7 @@
     python -m engine.demo.evaluate --prompts 1200 --processes 2             # through this engine
     python -m engine.demo.evaluate --prompts 1200 --engine transformers     # the same prompts through transformers
     python -m engine.demo.evaluate --prompts 600 --temperatures 0,0.1,0.7,1,2
+    python -m engine.demo.evaluate --prompts 1200 --quantize none,fp8,nvfp4,int4  # accuracy and steps a format costs
 
 Knows the corpus's judge and the engine's interface; nothing of how either works.
 
@@ -12,6 +13,7 @@ Invariant: every prompt counts, also one whose reply failed; nothing is tried tw
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import time
@@ -61,16 +63,35 @@ class Report:
     wrong: list[Reply] = field(repr=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """How to answer. `device` and `quantize` as in EngineOptions; `engine` is a key of ENGINES."""
+
+    checkpoint: Path
+    device: str = "cpu"
+    temperature: float = 1.0
+    engine: str = "easel"
+    quantize: str | None = None
+    quantize_dense: str | None = None
+
+
 Answerer = Callable[[corpus.Example, list[int], int], Reply]
 
 
 class EngineAnswerer:
     """Answers through this engine."""
 
-    def __init__(self, checkpoint: Path, device: str, temperature: float) -> None:
-        self._engine = DiffusionEngine.from_options(EngineOptions(model=str(checkpoint), device=device, progress=False))
-        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-        self._temperature = temperature
+    def __init__(self, setup: Setup) -> None:
+        options = EngineOptions(
+            model=str(setup.checkpoint),
+            device=setup.device,
+            quantize=setup.quantize,
+            quantize_dense=setup.quantize_dense,
+            progress=False,
+        )
+        self._engine = DiffusionEngine.from_options(options)
+        self._tokenizer = AutoTokenizer.from_pretrained(setup.checkpoint)
+        self._temperature = setup.temperature
 
     def __call__(self, example: corpus.Example, prompt: list[int], seed: int) -> Reply:
         sampling = Sampling(seed=seed, temperature=self._temperature)
@@ -107,14 +128,14 @@ class EngineAnswerer:
 class TransformersAnswerer:
     """Answers through `transformers`' own generate. Its steps are not reported by it."""
 
-    def __init__(self, checkpoint: Path, device: str, temperature: float) -> None:
-        if temperature != 1:
-            raise ValueError("transformers has no temperature of its own for this model; leave it at 1")
+    def __init__(self, setup: Setup) -> None:
+        if setup.temperature != 1 or setup.quantize is not None:
+            raise ValueError("transformers has no temperature of its own for this model and does not quantise it")
         from transformers import DiffusionGemmaForBlockDiffusion
 
-        self._model: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(checkpoint, dtype=torch.float32).to(device)
-        self._model.eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self._model: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(setup.checkpoint, dtype=torch.float32)
+        self._model.to(setup.device).eval()
+        self._tokenizer = AutoTokenizer.from_pretrained(setup.checkpoint)
         self._eos = set(self._model.generation_config.eos_token_id)
 
     def __call__(self, example: corpus.Example, prompt: list[int], seed: int) -> Reply:
@@ -128,30 +149,18 @@ class TransformersAnswerer:
         return Reply(example.family, question, text, example.right(text), (), 0, False, end + 1)
 
 
-ENGINES: dict[str, Callable[[Path, str, float], Answerer]] = {
+ENGINES: dict[str, Callable[[Setup], Answerer]] = {
     "easel": EngineAnswerer,
     "transformers": TransformersAnswerer,
 }
 
 
-def evaluate(
-    checkpoint: Path,
-    device: str,
-    per_family: int,
-    *,
-    families: Sequence[str] = corpus.FAMILIES,
-    temperature: float = 1.0,
-    engine: str = "easel",
-    processes: int = 1,
-) -> Report:
-    """Answer `per_family` held-out prompts of each family and judge them.
-
-    `device` as in EngineOptions; `engine` "easel" or "transformers"; with several `processes` each has one thread.
-    """
+def evaluate(setup: Setup, per_family: int, *, families: Sequence[str] = corpus.FAMILIES, processes: int = 1) -> Report:
+    """Answer `per_family` held-out prompts of each family and judge them; several `processes` have one thread each."""
     began = time.monotonic()
     items = [(family, index) for index in range(per_family) for family in families]
     shares = [items[start::processes] for start in range(processes)]
-    work = partial(_answer, checkpoint, device, temperature, engine, 1 if processes > 1 else 0)
+    work = partial(_answer, setup, 1 if processes > 1 else 0)
     if processes == 1:
         replies = work(items)
     else:
@@ -160,13 +169,11 @@ def evaluate(
     return _report(replies, families, time.monotonic() - began)
 
 
-def _answer(
-    checkpoint: Path, device: str, temperature: float, engine: str, threads: int, items: Iterable[tuple[str, int]]
-) -> list[Reply]:
+def _answer(setup: Setup, threads: int, items: Iterable[tuple[str, int]]) -> list[Reply]:
     if threads:
         torch.set_num_threads(threads)
-    answer = ENGINES[engine](checkpoint, device, temperature)
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(checkpoint)
+    answer = ENGINES[setup.engine](setup)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(setup.checkpoint)
     replies = []
     for family, index in items:
         example = corpus.example("test", index, seed=EVALUATION_SEED, family=family)
@@ -207,6 +214,9 @@ def _table(report: Report) -> str:
         f"{report.prompts} prompts in {report.seconds} s; {100 * report.at_limit:.2f} % of canvases at the step limit; "
         f"{report.tokens_per_step} tokens a step"
     )
+    overall = _mean(list(report.right.values()))  # as many prompts of each family
+    steps = _mean([mean for mean in report.steps.values() if mean])
+    lines.append(f"{'all':12} {100 * overall:5.2f} %   {steps:.2f}")
     return "\n".join(lines)
 
 
@@ -217,6 +227,8 @@ def main() -> None:
     p.add_argument("--prompts", type=int, default=1200)
     p.add_argument("--families", default=",".join(corpus.FAMILIES), help="comma-separated")
     p.add_argument("--temperatures", default="1", help="comma-separated")
+    p.add_argument("--quantize", default="none", help="none, fp8, nvfp4, int4: formats to load it in, comma-separated")
+    p.add_argument("--quantize-dense", choices=("fp8",), help="attention and dense MLP too")
     p.add_argument("--engine", choices=tuple(ENGINES), default="easel")
     p.add_argument("--device", default="cpu")
     p.add_argument("--processes", type=int, default=1)
@@ -226,15 +238,25 @@ def main() -> None:
     families = a.families.split(",")
     if unknown := sorted(set(families) - set(corpus.FAMILIES)):
         p.error(f"unknown families: {', '.join(unknown)}; there are {', '.join(corpus.FAMILIES)}")
+    formats = [None if name == "none" else name for name in a.quantize.split(",")]
+    if a.engine != "easel" and formats != [None]:
+        p.error("only easel quantises while loading")
+    if a.quantize_dense and None in formats:
+        p.error("--quantize-dense goes with formats, not with none")
     reports = {}
-    for temperature in map(float, a.temperatures.split(",")):
-        each = -(-a.prompts // len(families))
-        report = evaluate(
-            a.checkpoint, a.device, each, families=families, temperature=temperature, engine=a.engine,
-            processes=a.processes,
-        )  # fmt: skip
-        reports[str(temperature)] = asdict(report)
-        print(f"{a.engine}, temperature {temperature}\n{_table(report)}\n", flush=True)
+    for form, temperature in itertools.product(formats, map(float, a.temperatures.split(","))):
+        setup = Setup(
+            checkpoint=a.checkpoint,
+            device=a.device,
+            temperature=temperature,
+            engine=a.engine,
+            quantize=form,
+            quantize_dense=a.quantize_dense,
+        )
+        report = evaluate(setup, -(-a.prompts // len(families)), families=families, processes=a.processes)
+        named = str(temperature) if form is None else f"{form}, {temperature}"
+        reports[named] = asdict(report)
+        print(f"{a.engine}, {form or 'as stored'}, temperature {temperature}\n{_table(report)}\n", flush=True)
         for reply in report.wrong[: a.wrong]:
             print(f"{reply.family}: {reply.question!r} -> {reply.text!r}")
     if a.json:

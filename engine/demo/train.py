@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from engine.demo.dataset import Batch, Chats
-from engine.demo.evaluate import evaluate
+from engine.demo.evaluate import Setup, evaluate
 from engine.demo.training_model import Shape, TrainingModel, export, restore
 
 HERE = Path(__file__).with_name("checkpoint")
@@ -161,7 +161,7 @@ class Trainer:
         self._evaluated = self.minutes
         self._write()
         if per_family:
-            report = evaluate(self.options.out, self.device.type, per_family)
+            report = evaluate(Setup(checkpoint=self.options.out, device=self.device.type), per_family)
             self._say({"right": report.right, "steps": report.steps, "at limit": report.at_limit})
         self._began += time.monotonic() - began
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from engine.kernels.reference_output import Draw, Reading, read_logits, soft_embedding
 from engine.kernels.views import AttentionView
+from engine.kernels.weights import Weight, dense, expert, shape
 from engine.pages import PAGE
 
 
@@ -28,9 +29,9 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Weight) -> Tensor:
     """x [R, in] @ weight [out, in] transposed -> [R, out]."""
-    return F.linear(x, weight)
+    return F.linear(x, dense(weight, x.dtype))
 
 
 def qkv_norm_rope_write(
@@ -112,7 +113,7 @@ def join_attention(
 
 def join_layer(
     h: Tensor,
-    dense: Tensor,
+    mlp: Tensor,
     routed: Tensor,
     mlp_weight: Tensor,
     experts_weight: Tensor,
@@ -122,20 +123,20 @@ def join_layer(
     next_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """The layer's output x = (h + norm(norm(dense) + norm(routed))) * scalar, and what the next layer reads, norm(x).
+    """The layer's output x = (h + norm(norm(mlp) + norm(routed))) * scalar, and what the next layer reads, norm(x).
 
-    h, dense, routed [R, M]; weights float32 [M], of the norms of dense, of routed, of their sum and of x;
+    h, mlp, routed [R, M]; weights float32 [M], of the norms of mlp, of routed, of their sum and of x;
     a row's scalar is scalars[mode], float32 [2] and int64 [R]. Returns both [R, M].
     """
-    y = rms_norm(dense, mlp_weight, eps) + rms_norm(routed, experts_weight, eps)
+    y = rms_norm(mlp, mlp_weight, eps) + rms_norm(routed, experts_weight, eps)
     # rounded first, as transformers multiplies by a scalar of the weights' dtype
     x = (h + rms_norm(y, post_weight, eps)) * scalars.to(h.dtype)[modes, None]
     return x, rms_norm(x, next_weight, eps)
 
 
-def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def gated_mlp(x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     """down(gelu_tanh(gate(x)) * up(x)). x [R, M]; gate_up [2I, M], gate rows first; down [M, I]; returns [R, M]."""
-    return F.linear(_gate(F.linear(x, gate_up)), down)
+    return linear(_gate(linear(x, gate_up)), down)
 
 
 def route(
@@ -150,25 +151,26 @@ def route(
     return best / best.sum(dim=-1, keepdim=True) * expert_scale[experts], experts
 
 
-def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     """Weighted sum of the chosen experts' gated MLPs. x [R, M]; weights, chosen [R, A] as `route` returns them;
     gate_up [E, 2F, M], gate rows first; down [E, M, F]; returns [R, M].
 
-    Rows are sorted by expert, so each expert that is chosen is one pair of matmuls and the others cost nothing.
+    Rows are sorted by expert, so each expert that is chosen is one pair of matmuls and the others cost nothing;
+    a quantised expert is made dense just for these.
     """
     rows, active = chosen.shape
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
     gathered = x[order // active]  # [R * A, M]
-    sizes = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
-    hidden = x.new_empty(rows * active, gate_up.shape[1])
-    spans = [(expert, end - size, end) for expert, size, end in _running(sizes) if size]
-    for expert, start, end in spans:
-        torch.mm(gathered[start:end], gate_up[expert].t(), out=hidden[start:end])
+    sizes = torch.bincount(flat, minlength=shape(gate_up)[0]).tolist()
+    hidden = x.new_empty(rows * active, shape(gate_up)[1])
+    spans = [(index, end - size, end) for index, size, end in _running(sizes) if size]
+    for index, start, end in spans:
+        torch.mm(gathered[start:end], dense(expert(gate_up, index), x.dtype).t(), out=hidden[start:end])
     hidden = _gate(hidden)
     result = torch.empty_like(gathered)
-    for expert, start, end in spans:
-        torch.mm(hidden[start:end], down[expert].t(), out=result[start:end])
+    for index, start, end in spans:
+        torch.mm(hidden[start:end], dense(expert(down, index), x.dtype).t(), out=result[start:end])
     unsorted = torch.empty_like(result).index_copy_(0, order, result).view(rows, active, -1)
     return (unsorted * weights[..., None]).sum(dim=1).to(x.dtype)
 
@@ -192,16 +194,16 @@ class Ops:
     """One implementation of every op; the functions of this file say what each must compute."""
 
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
-    linear: Callable[[Tensor, Tensor], Tensor]
+    linear: Callable[[Tensor, Weight], Tensor]
     qkv_norm_rope_write: Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor, Tensor, Tensor], Tensor]
     attention: Callable[[Tensor, Tensor, Tensor, AttentionView], Tensor]
     join_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
     join_layer: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]
     ]
-    gated_mlp: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gated_mlp: Callable[[Tensor, Weight, Weight], Tensor]
     route: Callable[[Tensor, Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor]]
-    experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    experts: Callable[[Tensor, Tensor, Tensor, Weight, Weight], Tensor]
     read_logits: Callable[[Tensor, float, Draw], Reading]
     soft_embedding: Callable[[Tensor, Tensor, float], Tensor]
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from engine.config import LayerConfig, ModelConfig
 from engine.kernels.reference import Ops
 from engine.kernels.reference_output import Draw, Reading
+from engine.kernels.weights import Weight, plain
 from engine.kv_cache import KVCache, KVPool
 from engine.model.layers import Layer, Rope
 from engine.plan import PassPlan, plan_pass
@@ -30,16 +31,16 @@ from engine.plan import PassPlan, plan_pass
 class DiffusionGemma:
     """The model on one device, in float32 or bfloat16, with the memory for its keys and values."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor], ops: Ops, pool: KVPool) -> None:
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Weight], ops: Ops, pool: KVPool) -> None:
         """`weights` as in `Checkpoint.tensors`; the embedding's device and dtype are the model's."""
         self.config = config
         self._ops = ops
         self.pool = pool
-        self._embedding = weights["embedding"]
+        self._embedding = plain(weights["embedding"])
         # rounded to the weights' dtype first, as transformers does
         self._embedding_scale = torch.tensor(config.hidden_size**0.5).to(self.dtype).item()
-        self._norm = weights["norm"].float()
-        self._soft_norm = weights["self_conditioning.pre_norm"].float()
+        self._norm = plain(weights["norm"]).float()
+        self._soft_norm = plain(weights["self_conditioning.pre_norm"]).float()
         self._soft_gate_up, self._soft_down = weights["self_conditioning.gate_up"], weights["self_conditioning.down"]
         self._layers = [
             Layer(config, layer, _under(weights, f"layers.{index}."), ops) for index, layer in enumerate(config.layers)
@@ -142,5 +143,5 @@ def _rope_key(layer: LayerConfig) -> tuple[int, float, float]:
     return layer.head_dim, layer.rope_theta, layer.rope_partial
 
 
-def _under(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _under(weights: Mapping[str, Weight], prefix: str) -> dict[str, Weight]:
     return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}

@@ -16,36 +16,38 @@ from torch import Tensor
 from engine.config import LayerConfig, ModelConfig
 from engine.kernels.reference import Ops
 from engine.kernels.views import AttentionView
+from engine.kernels.weights import Weight, plain
 
 
 class Layer:
     """Attention, dense MLP and experts side by side, with their norms."""
 
-    def __init__(self, config: ModelConfig, layer: LayerConfig, weights: Mapping[str, Tensor], ops: Ops) -> None:
-        """`weights`: the tensors under layers.N. of `checkpoint.tensor_table`, without that prefix."""
+    def __init__(self, config: ModelConfig, layer: LayerConfig, weights: Mapping[str, Weight], ops: Ops) -> None:
+        """`weights`: those under layers.N. of `tensor_names.tensor_table`, without that prefix."""
         self.config = layer
-        self.scalars = torch.cat((weights["commit_scalar"], weights["denoise_scalar"])).float()  # by a row's mode
+        scalars = plain(weights["commit_scalar"]), plain(weights["denoise_scalar"])
+        self.scalars = torch.cat(scalars).float()  # by a row's mode
         self._eps = config.rms_norm_eps
         self._top_k = config.top_k_experts
         self._ops = ops
         self._qkv, self._out = weights["qkv"], weights["out"]
         self._gate_up, self._down = weights["gate_up"], weights["down"]
-        self._router = weights["router"]
+        self._router = plain(weights["router"])
         self._expert_gate_up, self._expert_down = weights["expert_gate_up"], weights["expert_down"]
         # small and always used in float32: converted once
-        self.input_norm = weights["input_norm"].float()
-        self._post_attention_norm = weights["post_attention_norm"].float()
-        self._pre_mlp_norm = weights["pre_mlp_norm"].float()
-        self._post_mlp_norm = weights["post_mlp_norm"].float()
-        self._pre_experts_norm = weights["pre_experts_norm"].float()
-        self._post_experts_norm = weights["post_experts_norm"].float()
-        self._post_ffn_norm = weights["post_ffn_norm"].float()
-        self._router_norm = weights["router_scale"].float() * config.hidden_size**-0.5
-        self._expert_scale = weights["expert_scale"].float()
+        self.input_norm = plain(weights["input_norm"]).float()
+        self._post_attention_norm = plain(weights["post_attention_norm"]).float()
+        self._pre_mlp_norm = plain(weights["pre_mlp_norm"]).float()
+        self._post_mlp_norm = plain(weights["post_mlp_norm"]).float()
+        self._pre_experts_norm = plain(weights["pre_experts_norm"]).float()
+        self._post_experts_norm = plain(weights["post_experts_norm"]).float()
+        self._post_ffn_norm = plain(weights["post_ffn_norm"]).float()
+        self._router_norm = plain(weights["router_scale"]).float() * config.hidden_size**-0.5
+        self._expert_scale = plain(weights["expert_scale"]).float()
         self._qk_norm = torch.cat(  # [H + K, D]
             (
-                weights["q_norm"].float().expand(config.num_heads, -1),
-                weights["k_norm"].float().expand(layer.kv_heads, -1),
+                plain(weights["q_norm"]).float().expand(config.num_heads, -1),
+                plain(weights["k_norm"]).float().expand(layer.kv_heads, -1),
             )
         )
 

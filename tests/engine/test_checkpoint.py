@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.checkpoint import INDEX, WEIGHTS, load_checkpoint, tensor_table
+from engine.checkpoint import INDEX, WEIGHTS, load_checkpoint
 from engine.config import load_generation_defaults, load_model_config
 from engine.interface import CheckpointError
+from engine.tensor_names import tensor_table
 from tests.engine.small_models import CPU, GENERATION, random_model, save, small_config
 
 LAYER = "model.decoder.layers.0."

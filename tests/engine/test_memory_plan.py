@@ -1,0 +1,138 @@
+"""Does it fit: what is counted is what loading takes, and what is said when it does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import options as choices
+from engine.checkpoint import load_checkpoint, plan_checkpoint
+from engine.config import load_model_config, published_config
+from engine.engine import DiffusionEngine
+from engine.formats import choose, layout
+from engine.interface import EngineError, EngineOptions
+from engine.kv_cache import KVPool
+from engine.memory_plan import CARDS, CHOICES, GB, MemoryPlan, plan_memory, plans, refusal, usable
+from engine.pages import PAGE
+from tests.engine.quantised_models import SIZES
+from tests.engine.small_models import CPU, random_model, save, small_config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(random_model(small_config(**SIZES)).bfloat16(), tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_planned_bytes_are_those_that_loading_takes(folder: Path, name: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        (plan,) = (plan for plan in plans(load_model_config(folder), itemsize=dtype.itemsize) if plan.format == name)
+        loaded = load_checkpoint(folder, CPU, dtype, progress=False, choice=CHOICES[name])
+        assert plan.weights == loaded.weight_bytes
+
+
+@pytest.mark.parametrize("context", [1, 5, 30, 200])
+def test_planned_kv_is_what_a_cache_takes(folder: Path, context: int) -> None:
+    config = load_model_config(folder)
+    plan = plan_memory(config, layout(config), name="bf16", itemsize=4, gpu=False, commit_chunk=7)
+    taken = KVPool(config, 1, context, CPU, torch.float32, chunk=7).bytes
+    planned = plan.needed(context) - plan.weights - plan.working
+    assert 0 <= planned - taken <= PAGE * plan.per_position, "up to one page more, where the last one is not full"
+
+
+def test_the_published_model_in_figures() -> None:
+    by_format = {plan.format: plan for plan in plans(published_config())}
+    weights = {name: round(plan.weights / GB, 1) for name, plan in by_format.items()}
+    assert weights == {
+        "bf16": 50.5,
+        "fp8": 26.1,
+        "nvfp4": 17.7,
+        "nvfp4, dense fp8": 16.1,
+        "int4": 17.7,
+        "int4, dense fp8": 16.0,
+    }
+    plan = by_format["nvfp4"]
+    assert plan.per_position == 20_480  # bytes of KV a position in the full layers
+    sliding_pages = -(-(1023 + 512 + 256) // PAGE) + 1
+    assert plan.sliding == sliding_pages * PAGE * 204_800 + (512 + 256 + PAGE) * 20_480
+    assert plan.needed(16_384) - plan.weights < 3 * 2**30
+
+
+PLAN = MemoryPlan(format="bf16", weights=1000, working=100, sliding=50, per_position=2, max_context=8000)
+
+
+def test_longest_context() -> None:
+    assert PLAN.needed(10) == 1170
+    assert PLAN.context(PLAN.needed(8000)) == PLAN.context(10**9) == 8000
+    assert PLAN.context(PLAN.needed(5000)) == 4096
+    assert PLAN.context(PLAN.needed(1024)) == 1024
+    assert PLAN.context(PLAN.needed(1023)) == PLAN.context(0) == 0
+
+
+def test_longest_context_of_a_checkpoint_with_a_small_limit() -> None:
+    small = MemoryPlan(format="bf16", weights=1000, working=100, sliding=50, per_position=2, max_context=300)
+    assert small.context(small.needed(300)) == 300
+    assert small.context(small.needed(299)) == 0
+
+
+def published(name: str) -> MemoryPlan:
+    return next(plan for plan in plans(published_config()) if plan.format == name)
+
+
+def test_what_fits_is_not_refused() -> None:
+    wanted = published("nvfp4")
+    assert refusal(wanted, (), context=16_384, free=wanted.needed(16_384), where="cuda:0") is None
+    assert refusal(wanted, (), context=16_384, free=wanted.needed(16_384) - 1, where="cuda:0") is not None
+    assert refusal(wanted, (), context=None, free=wanted.needed(1024), where="cuda:0") is None
+
+
+def test_a_refusal_names_formats_context_and_card() -> None:
+    others = plans(published_config())
+    said = refusal(published("bf16"), others, context=None, free=usable(24), where="cuda:0")
+    assert said is not None
+    assert "as bf16 it needs 53.1 GB (50.5 of weights" in said and "24.0 GB of memory are free on cuda:0" in said
+    assert "--quantize nvfp4 (context up to" in said and "--quantize int4 --quantize-dense fp8" in said
+    assert "--quantize fp8" not in said.replace("--quantize-dense fp8", "")
+    assert "card of 96 GB" in said
+    assert "context of up to" not in said.partition("what fits")[0]
+
+
+def test_a_refusal_for_the_context_alone() -> None:
+    wanted = published("nvfp4")
+    said = refusal(wanted, (), context=262_144, free=usable(24), where="cuda:0")
+    assert said is not None
+    assert f"a context of up to {wanted.context(usable(24))} would fit" in said and "card of 32 GB" in said
+    assert "what fits" not in said and "no format" not in said
+
+
+def test_a_refusal_without_a_way_out() -> None:
+    huge = MemoryPlan(format="nvfp4", weights=10**12, working=1, sliding=1, per_position=1, max_context=4096)
+    said = refusal(huge, (), context=None, free=10**9, where="cpu")
+    assert said is not None
+    assert "no format of this checkpoint fits there" in said and f"more than {CARDS[-1]} GB" in said
+
+
+def test_nothing_is_read_if_it_does_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "available_memory", lambda device: 10_000)
+    monkeypatch.setattr("engine.checkpoint.open_tensors", lambda *_: pytest.fail("the tensors were opened"))
+    with pytest.raises(EngineError, match=r"does not fit: as nvfp4 it needs .* are free on cpu"):
+        DiffusionEngine.from_options(EngineOptions(model=str(folder), device="cpu", quantize="nvfp4"))
+
+
+def test_the_context_that_was_asked_for_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_checkpoint(folder, choose(None, None))
+    needed = plan_memory(plan.config, plan.layout, name="bf16", itemsize=4, gpu=False, commit_chunk=512)
+    monkeypatch.setattr(choices, "available_memory", lambda device: needed.needed(100))
+    for context, fits in ((100, True), (101, False)):
+        options = EngineOptions(model=str(folder), device="cpu", context_length=context, progress=False)
+        if fits:
+            DiffusionEngine.from_options(options).close()
+        else:
+            with pytest.raises(EngineError, match="a context of 101"):
+                DiffusionEngine.from_options(options)
+
+
+def test_available_memory_of_this_host() -> None:
+    assert 2**26 < choices.available_memory(CPU) < 2**50
