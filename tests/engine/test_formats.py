@@ -22,11 +22,10 @@ from engine.config import load_model_config, published_config
 from engine.formats import FLOAT_FP8, MODELOPT_NVFP4, PACKED_INT4, Scheme, choose, layout, modules
 from engine.interface import CheckpointError
 from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, dense, shape
-from engine.kv_cache import KVCache
 from engine.quantization_config import load_quantization
 from engine.tensor_names import tensor_table
 from tests.engine.quantised_models import PUBLISHED, set_quantization, write
-from tests.engine.small_models import CPU, load_model, random_ids
+from tests.engine.small_models import CPU, fresh_slots, load_model, random_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAYER = "model.decoder.layers.0."
@@ -113,12 +112,9 @@ def test_the_model_runs_on_it_as_on_the_dense_matrices(
     save_file(stored, plain / WEIGHTS)
     set_quantization(plain, None)
     canvas = random_ids(8, 160, seed=1)[None]
-    logits = [load_model(each).denoise(canvas, None, [_empty_cache(each)]) for each in (folder, plain)]
+    models = [load_model(each) for each in (folder, plain)]
+    logits = [model.denoise(canvas, None, fresh_slots(model, 1)) for model in models]
     torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
-
-
-def _empty_cache(folder: Path) -> KVCache:
-    return KVCache(load_model_config(folder), 16, CPU, torch.float32)
 
 
 # the published checkpoints, by their shapes

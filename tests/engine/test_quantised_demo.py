@@ -16,7 +16,7 @@ from engine.demo.dataset import row_of
 from engine.demo.evaluate import EVALUATION_SEED, HERE, Setup, evaluate
 from engine.formats import choose
 from engine.kernels.reference import REFERENCE
-from engine.kv_cache import KVCache
+from engine.kv_cache import KVPool
 from engine.model.gemma4 import DiffusionGemma
 from tests.engine.small_models import CPU
 
@@ -36,20 +36,22 @@ def logits(quantize: str | None, dense: str | None) -> Tensor:
     """float32 [prompts * canvas, vocabulary]: one pass over the right reply, half of its tokens replaced by noise."""
     checkpoint = load_checkpoint(HERE, CPU, torch.float32, progress=False, choice=choose(quantize, dense))
     config = checkpoint.config
-    model = DiffusionGemma(config, checkpoint.tensors, REFERENCE)
+    pool = KVPool(config, 1, 512, CPU, torch.float32)
+    model = DiffusionGemma(config, checkpoint.tensors, REFERENCE, pool)
     tokenizer = AutoTokenizer.from_pretrained(HERE)
     generator = torch.Generator().manual_seed(0)
     found = []
     for family in FAMILIES:
         prompt, reply = row_of(corpus.example("test", 0, seed=EVALUATION_SEED, family=family), tokenizer)
-        cache = KVCache(config, len(prompt), CPU, torch.float32)
+        cache = pool.slots[0]
+        cache.reset()
         model.commit(torch.tensor(prompt), cache)
         canvas = torch.zeros(config.canvas_length, dtype=torch.int64)
         canvas[: len(reply)] = torch.tensor(reply[: len(canvas)])
         noise = torch.randint(config.vocab_size, canvas.shape, generator=generator)
         noisy = torch.where(torch.rand(canvas.shape, generator=generator) < 0.5, noise, canvas)
         found.append(model.denoise(noisy[None], None, [cache])[0])
-    return torch.cat(found)
+    return config.final_softcap * (torch.cat(found) / config.final_softcap).tanh()
 
 
 @pytest.fixture(scope="module")
