@@ -127,6 +127,8 @@ def read_checkpoint(plan: CheckpointPlan, device: torch.device, dtype: torch.dty
         stored = open_tensors(folder, stack)
         check_tensors(stored, plan.layout, folder)
         tensors = _read(stored, plan.layout, device, dtype, progress)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what quantising worked in: the context is sized by what is free next
         kinds: Counter[str] = Counter()
         for name, piece in plan.layout.pieces.items():
             if piece.scheme is None:

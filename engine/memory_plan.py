@@ -41,23 +41,26 @@ FLAGS = {
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """What one model in one format needs. All in bytes but `max_context`."""
+    """What one model in one format needs. All in bytes but `ahead` and `max_context`."""
 
     format: str
     weights: int
     working: int  # activations and logits, and on a GPU what CUDA takes
-    sliding: int  # KV that does not grow with the context: the sliding layers' window, what a pass writes, a last page
+    sliding: int  # KV of the sliding layers, which does not grow beyond their window
     per_position: int  # KV of the full layers
+    ahead: int  # positions a pass may write behind the context
     max_context: int  # the checkpoint's limit
 
     def needed(self, context: int) -> int:
         """Bytes for a context of so many positions."""
-        return self.weights + self.working + self.sliding + context * self.per_position
+        pages = -(-(context + self.ahead) // PAGE)
+        return self.weights + self.working + self.sliding + pages * PAGE * self.per_position
 
     def context(self, memory: int) -> int:
         """The longest context that `memory` bytes hold, a multiple of 1024 unless the checkpoint's limit is reached;
         0 if not even the shortest fits."""
-        fitting = (memory - self.needed(0)) // self.per_position
+        pages = (memory - self.weights - self.working - self.sliding) // (PAGE * self.per_position)
+        fitting = pages * PAGE - self.ahead
         if fitting >= self.max_context:
             return self.max_context
         fitting -= fitting % 1024
@@ -78,14 +81,15 @@ def plan_memory(
     for layer in config.layers:
         per_kind[layer.kind] += 2 * layer.kv_heads * layer.head_dim * itemsize
     ahead = commit_chunk + config.canvas_length
-    pages = pages_of_a_slot(capacity=0, window=config.sliding_window, ahead=ahead)["sliding"]
+    sliding_pages = pages_of_a_slot(capacity=0, window=config.sliding_window, ahead=ahead)["sliding"]
     logits = LOGITS_COPIES * config.canvas_length * config.vocab_size * 4
     return MemoryPlan(
         format=name,
         weights=weights.weight_bytes(itemsize),
         working=logits + (GPU_BYTES if gpu else 0),
-        sliding=pages * PAGE * per_kind["sliding"] + (ahead + PAGE) * per_kind["full"],
+        sliding=sliding_pages * PAGE * per_kind["sliding"],
         per_position=max(1, per_kind["full"]),
+        ahead=ahead,
         max_context=config.max_positions,
     )
 

@@ -25,8 +25,9 @@ class Layer:
     def __init__(self, config: ModelConfig, layer: LayerConfig, weights: Mapping[str, Weight], ops: Ops) -> None:
         """`weights`: those under layers.N. of `tensor_names.tensor_table`, without that prefix."""
         self.config = layer
-        scalars = plain(weights["commit_scalar"]), plain(weights["denoise_scalar"])
-        self.scalars = torch.cat(scalars).float()  # by a row's mode
+        self.scalars = torch.cat(
+            [plain(weights[f"{mode}_scalar"]) for mode in ("commit", "denoise")]
+        ).float()  # by a row's mode
         self._eps = config.rms_norm_eps
         self._top_k = config.top_k_experts
         self._ops = ops
