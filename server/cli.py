@@ -112,7 +112,9 @@ def chat(
     from server.terminal_chat import ChatClient, TerminalChat
 
     if server_url is not None and typed:
-        raise SettingsError(f"{typed[0]} is about loading a model, but --url names a server that has loaded one already")
+        raise SettingsError(
+            f"{typed[0]} is about loading a model, but --url names a server that has loaded one already"
+        )
     key = settings.server.api_key
     with _own_server(settings) if server_url is None else _elsewhere(server_url) as address:
         client = ChatClient(address, api_key=key.get_secret_value() if key else None)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,6 +29,7 @@ OpensIn = Literal["content", "channel", "reasoning"]
 CHANNEL_OPEN = "<|channel>"
 CHANNEL_CLOSE = "<channel|>"
 TURN_OPEN = "<|turn>"
+BOS = "<bos>"
 
 _MARKER_SHAPE = re.compile(r"<\|.+>|<.+\|>")  # Gemma's way of writing a control token
 _NEVER_TEXT = re.compile(r"<unused\d+>")  # reserved ids; noise may hit them, a reply must not show them
@@ -106,6 +107,7 @@ class PromptRenderer:
         self._tokenizer.encode_special_tokens = True  # control tokens in text are plain text
         self._template = template
         self.control = ControlTokens(tokenizer)
+        self._known_ids: int = 1 + max(tokenizer.get_vocab().values())
         parameters = inspect.signature(template.apply_chat_template).parameters
         self._reserved = frozenset(parameters) | frozenset(special_names) | {"messages"}
 
@@ -129,7 +131,24 @@ class PromptRenderer:
         options: Mapping[str, Any] | None = None,
     ) -> Prompt:
         """Messages, tools and template options to ids. Raises ApiError (400) when the template cannot render them."""
-        options = options or {}
+        ids: list[int] = []
+        for piece, is_control in self._rendered(messages, tools, options or {}):
+            ids += [self.control.ids[piece]] if is_control else self.encode(piece)
+        return Prompt(tuple(ids), self._opens_in(ids))
+
+    def text(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        tools: Iterable[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """What the template makes of messages, as text. Raises ApiError (400) as `render` does."""
+        return "".join(piece for piece, _ in self._rendered(messages, tools, options or {}))
+
+    def _rendered(
+        self, messages: Iterable[Mapping[str, Any]], tools: Iterable[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> Iterator[tuple[str, bool]]:
+        """Pieces of the rendered prompt: text, or a control token the template wrote."""
         for name in options:
             if name in self._reserved:
                 raise invalid(f"'{name}' cannot be set by a request", param=f"chat_template_kwargs.{name}")
@@ -148,10 +167,37 @@ class PromptRenderer:
             raise invalid(
                 f"The model's chat template cannot render these messages: {error}"[:500], param="messages"
             ) from error
+        for piece, is_control in self.control.split(text):
+            yield (piece, True) if is_control else (piece.translate(restore), False)
+
+    def raw(self, prompt: str | Sequence[int]) -> Prompt:
+        """A prompt that the client wrote whole: control tokens in its text count, and it begins with `<bos>`.
+
+        Ids are taken as they are. Raises ApiError (400) for one outside the vocabulary, or a prompt of nothing.
+        """
+        if not isinstance(prompt, str):
+            ids = tuple(prompt)
+            if not all(0 <= token_id < self._known_ids for token_id in ids):
+                raise invalid(f"Token ids must be from 0 to {self._known_ids - 1}", param="prompt")
+        else:
+            ids = tuple(self.encode_raw(prompt, begin=True))
+        if not ids:
+            raise invalid("The prompt is empty", param="prompt")
+        return Prompt(ids, "content")
+
+    def encode_raw(self, text: str, *, begin: bool) -> list[int]:
+        """Tokenise text in which control tokens count. `begin`: put `<bos>` first where the text does not have it."""
         ids: list[int] = []
         for piece, is_control in self.control.split(text):
-            ids += [self.control.ids[piece]] if is_control else self.encode(piece.translate(restore))
-        return Prompt(tuple(ids), self._opens_in(ids))
+            ids += [self.control.ids[piece]] if is_control else self.encode(piece)
+        first = self.control.ids.get(BOS)
+        return [first, *ids] if begin and first is not None and ids[:1] != [first] else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids to text, control tokens by their names. An unfinished character is the replacement character."""
+        detokenizer = self.detokenizer()
+        pieces = [piece for token_id in ids for piece in detokenizer.push(token_id)] + detokenizer.finish()
+        return "".join(piece.name if isinstance(piece, Marker) else piece for piece in pieces)
 
     def encode(self, text: str) -> list[int]:
         """Tokenise plain text; whatever it contains, no id of a control token comes out."""

@@ -47,7 +47,7 @@ def to_task(request: ChatRequest) -> ChatTask:
 def body(reply: Reply, folded: Folded) -> Json:
     """The non-streamed answer."""
     return {
-        "id": reply.id,
+        "id": f"chatcmpl-{reply.id}",
         "object": "chat.completion",
         "created": reply.created,
         "model": reply.model,
@@ -60,7 +60,7 @@ def body(reply: Reply, folded: Folded) -> Json:
 async def chunks(reply: Reply, *, include_usage: bool) -> AsyncGenerator[Json, None]:
     """The streamed answer: role chunks at once, then one chunk per finished canvas."""
     head: Json = {
-        "id": reply.id,
+        "id": f"chatcmpl-{reply.id}",
         "object": "chat.completion.chunk",
         "created": reply.created,
         "model": reply.model,
