@@ -142,7 +142,7 @@ class _Choice:
         self._detokenizer = prompts.detokenizer()
         tools = tool_schema.parameters(task.tools) if task.tools else None
         self.parser = OutputParser(prompt.opens_in, tools=tools, raw=bool(task.prompts))
-        self.echo = prompts.decode(prompt.ids) if task.echo else ""
+        self.echo = _written(task, index, prompts) if task.echo else ""
         self._stop = StopStrings(task.stop)
         self._most_calls = None if task.parallel_tool_calls else 1
         self._calls = 0
@@ -198,6 +198,12 @@ class _Choice:
         if not (parsed.reasoning or content or numbered):
             return None
         return Delta(choice=self.index, reasoning=parsed.reasoning, content=content, tool_calls=numbered)
+
+
+def _written(task: ChatTask, index: int, prompts: PromptRenderer) -> str:
+    """The prompt of a choice as its client wrote it."""
+    prompt = task.prompts[index // task.choices]
+    return prompt if isinstance(prompt, str) else prompts.decode(prompt)
 
 
 @dataclass

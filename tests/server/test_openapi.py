@@ -16,8 +16,8 @@ from schemathesis.specs.openapi.checks import content_type_conformance, response
 from server.app import AppSettings, create_app
 from server.bridge import Bridge
 from server.chat import ChatService
+from server.dialects.chat_schema import ChatRequest
 from server.prompt import PromptRenderer
-from server.schema import ChatRequest
 from tests.fakes import FakeEngine, script
 
 DESCRIPTION = json.loads(Path(__file__).with_name("openai").joinpath("description.json").read_text())
