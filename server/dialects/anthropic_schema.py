@@ -70,11 +70,21 @@ class ToolResultPart(_Part):
     is_error: bool | None = None
 
 
+class OtherPart(_Part):
+    """A part of any other type."""
+
+    type: str
+
+    @model_validator(mode="after")
+    def _refuse(self) -> OtherPart:
+        raise refuse(f"content part of type {self.type[:40]}", "is not supported yet: this server reads text only")
+
+
 def _part_kind(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    if isinstance(kind, str) and kind not in _KNOWN:
-        raise refuse(f"content part of type {kind[:40]}", "is not supported yet: this server reads text only")
-    return f"{BRANCH}{kind}" if isinstance(kind, str) else None
+    if not isinstance(kind, str):
+        return None
+    return f"{BRANCH}{kind}" if kind in _KNOWN else "~other"
 
 
 def _content_kind(value: Any) -> str | None:
@@ -86,7 +96,8 @@ Part = Annotated[
     | Annotated[ThinkingPart, Tag("~thinking")]
     | Annotated[DroppedPart, Tag("~redacted_thinking")]
     | Annotated[ToolUsePart, Tag("~tool_use")]
-    | Annotated[ToolResultPart, Tag("~tool_result")],
+    | Annotated[ToolResultPart, Tag("~tool_result")]
+    | Annotated[OtherPart, Tag("~other")],
     Discriminator(_part_kind, custom_error_type="part", custom_error_message="must be an object with a type"),
 ]
 Content = Annotated[

@@ -136,15 +136,24 @@ class ToolMessage(BaseModel):
     name: str | None = None
 
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
+class FunctionMessage(BaseModel):
+    """OpenAI's first form of a tool's result, which has no id to match it by."""
+
+    model_config = OPEN
+    role: Literal["function"]
+    content: Any = None
+    name: Any = None
+
+    @model_validator(mode="after")
+    def _refuse(self) -> FunctionMessage:
+        raise refuse("role", "'function' is OpenAI's retired form of a tool's result: send role 'tool'")
+
+
+_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 def _role(value: Any) -> str | None:
     role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
-    if role == "function":
-        raise refuse(
-            "role", "'function' is OpenAI's retired form of tool results: send role 'tool' with a tool_call_id"
-        )
     return "system" if role == "developer" else role if isinstance(role, str) and role in _ROLES else None
 
 
@@ -152,7 +161,8 @@ Message = Annotated[
     Annotated[SystemMessage, Tag("system")]
     | Annotated[UserMessage, Tag("user")]
     | Annotated[AssistantMessage, Tag("assistant")]
-    | Annotated[ToolMessage, Tag("tool")],
+    | Annotated[ToolMessage, Tag("tool")]
+    | Annotated[FunctionMessage, Tag("function")],
     Discriminator(
         _role, custom_error_type="role", custom_error_message="needs a role: system, developer, user, assistant or tool"
     ),

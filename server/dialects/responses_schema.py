@@ -95,20 +95,32 @@ class ReasoningItem(BaseModel):
     summary: list[Part] | None = None
 
 
+class OtherItem(BaseModel):
+    """An item of any other type, a reference to an earlier one among them."""
+
+    model_config = OPEN
+    type: str
+
+    @model_validator(mode="after")
+    def _refuse(self) -> OtherItem:
+        raise refuse(f"item of type {self.type[:40]}", "is not supported")
+
+
 def _item_kind(value: Any) -> str | None:
     if not isinstance(value, dict):
         return None
-    kind = value.get("type", "message" if "role" in value else None)
-    if isinstance(kind, str) and kind not in _ITEMS:
-        raise refuse(f"item of type {kind[:40]}", "is not supported")
-    return f"{BRANCH}{kind}" if isinstance(kind, str) else None
+    kind = value.get("type") or ("message" if "role" in value else None)
+    if not isinstance(kind, str):
+        return None
+    return f"{BRANCH}{kind}" if kind in _ITEMS else "~other"
 
 
 Item = Annotated[
     Annotated[MessageItem, Tag("~message")]
     | Annotated[CallItem, Tag("~function_call")]
     | Annotated[ResultItem, Tag("~function_call_output")]
-    | Annotated[ReasoningItem, Tag("~reasoning")],
+    | Annotated[ReasoningItem, Tag("~reasoning")]
+    | Annotated[OtherItem, Tag("~other")],
     Discriminator(_item_kind, custom_error_type="item", custom_error_message="must be an object with a type or a role"),
 ]
 
@@ -239,9 +251,9 @@ def add_input(history: History, given: str | list[Item]) -> None:
             history.result(item.call_id, _text(item.output))
         elif isinstance(item, ReasoningItem):
             history.continue_answer(reasoning=_text(item.content or item.summary or []))
-        elif item.role == "assistant":
+        elif isinstance(item, MessageItem) and item.role == "assistant":
             history.continue_answer(text=_text(item.content))
-        else:
+        elif isinstance(item, MessageItem):
             history.say(item.role, _text(item.content))
 
 
