@@ -149,12 +149,14 @@ class FunctionMessage(BaseModel):
         raise refuse("role", "'function' is OpenAI's retired form of a tool's result: send role 'tool'")
 
 
-_ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_TAGS = {"developer": "system", "function": "~function"} | {
+    role: role for role in ("system", "user", "assistant", "tool")
+}
 
 
 def _role(value: Any) -> str | None:
     role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
-    return "system" if role == "developer" else role if isinstance(role, str) and role in _ROLES else None
+    return _TAGS.get(role) if isinstance(role, str) else None
 
 
 Message = Annotated[
@@ -162,7 +164,7 @@ Message = Annotated[
     | Annotated[UserMessage, Tag("user")]
     | Annotated[AssistantMessage, Tag("assistant")]
     | Annotated[ToolMessage, Tag("tool")]
-    | Annotated[FunctionMessage, Tag("function")],
+    | Annotated[FunctionMessage, Tag("~function")],
     Discriminator(
         _role, custom_error_type="role", custom_error_message="needs a role: system, developer, user, assistant or tool"
     ),

@@ -57,10 +57,21 @@ class History:
 
     def result(self, call_id: str | None, text: str, name: str | None = None) -> None:
         """What a tool answered."""
-        message: Json = {"role": "tool", "content": text, "name": self._names.get(call_id or "") or name or "unknown"}
+        known = self._names.get(call_id or "") or name or self._unanswered() or "unknown"
+        message: Json = {"role": "tool", "content": text, "name": known}
         if call_id:
             message["tool_call_id"] = call_id
         self.messages.append(message)
+
+    def _unanswered(self) -> str | None:
+        """The tool whose answer is due, for results that do not say which call they answer."""
+        answered = 0
+        for message in reversed(self.messages):
+            if message["role"] != "tool":
+                calls = message.get("tool_calls", [])
+                return str(calls[answered]["function"]["name"]) if answered < len(calls) else None
+            answered += 1
+        return None
 
     def _open_turn(self) -> Json | None:
         last = self.messages[-1] if self.messages else None
