@@ -201,9 +201,7 @@ def _where(fault: ErrorDetails) -> str:
 
 
 # pydantic also reports which branch of a union it tried: no part of the client's document
-_BRANCHES = frozenset(
-    {"system", "developer", "user", "assistant", "tool", "function", "str", "list", "list[str]", "dict[str,any]"}
-)
+_BRANCHES = frozenset({"system", "developer", "user", "assistant", "tool", "str", "list", "list[str]", "dict[str,any]"})
 BRANCH = "~"  # begins the names of all other branches, some of which are also names of fields
 
 
