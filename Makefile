@@ -34,7 +34,7 @@ test: $(STAMP)-test
 	$(BIN)/python -m pytest $(ARGS)
 
 # The clients live in an environment of their own: some of them want other versions than the server does.
-test-clients: $(STAMP)-test .venv-clients/.installed
+test-clients: $(STAMP)-test .venv-clients/.installed .venv-clients/.installed-node
 	SERVER_PYTHON=$(abspath $(BIN)/python) .venv-clients/bin/python -m pytest \
 	  -c tests/clients/pytest.ini --rootdir tests/clients tests/clients $(ARGS)
 
@@ -45,7 +45,7 @@ check: $(STAMP)-dev
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv .venv-clients build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-clients tests/clients/node/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(STAMP)-run: $(INPUTS) | $(BIN)/python
 	@echo "Installing easel into .venv (the first time takes a few minutes) ..."
@@ -62,6 +62,12 @@ $(STAMP)-test $(STAMP)-dev: $(STAMP)-%: $(INPUTS) | $(BIN)/python
 	@$(BIN)/python -m venv .venv-clients
 	@.venv-clients/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off \
 	  -r $< >.venv-clients/install.log 2>&1 || { tail -n 15 .venv-clients/install.log >&2; exit 1; }
+	@touch $@
+
+# Without npm the clients of Node are left out, and the tests say so.
+.venv-clients/.installed-node: tests/clients/node/package.json .venv-clients/.installed
+	@if command -v npm >/dev/null; then \
+	  cd $(<D) && npm install --no-audit --no-fund --no-package-lock --loglevel=error >/dev/null; fi
 	@touch $@
 
 # Any Python from 3.11 on that can make a virtual environment; `make PYTHON=/path/to/python3 serve` names one.

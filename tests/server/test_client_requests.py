@@ -20,6 +20,7 @@ REQUESTS = sorted((Path(__file__).parent.parent / "clients" / "requests").glob("
 def test_there_are_requests() -> None:
     clients = {path.name.partition("-")[0] for path in REQUESTS}
     assert clients >= {
+        "node",
         "openai",
         "anthropic",
         "langchain",
