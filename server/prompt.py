@@ -41,10 +41,22 @@ _STAND_INS = range(0x20000, 0x2A6E0)
 _RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
+_SAID, _RESULT = "said-text", "result-text"
+_PROBE: list[Mapping[str, Any]] = [
+    {"role": "user", "content": "x"},
+    {
+        "role": "assistant",
+        "content": _SAID,
+        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": {}}}],
+    },
+    {"role": "tool", "tool_call_id": "c", "name": "f", "content": _RESULT},
+]
+
+
 class ChatTemplate(Protocol):
     """What is needed of a transformers tokenizer: rendering a conversation to text."""
 
-    def apply_chat_template(self, conversation: list[dict[str, Any]], /, **options: Any) -> Any: ...
+    def apply_chat_template(self, conversation: Any, /, **options: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -110,6 +122,7 @@ class PromptRenderer:
         self._known_ids: int = 1 + max(tokenizer.get_vocab().values())
         parameters = inspect.signature(template.apply_chat_template).parameters
         self._reserved = frozenset(parameters) | frozenset(special_names) | {"messages"}
+        self._text_apart = self._reads_text_before_calls()
 
     @classmethod
     def from_folder(cls, path: str | Path) -> PromptRenderer:
@@ -152,6 +165,8 @@ class PromptRenderer:
         for name in options:
             if name in self._reserved:
                 raise invalid(f"'{name}' cannot be set by a request", param=f"chat_template_kwargs.{name}")
+        if self._text_apart:
+            messages = _text_before_calls(messages)
         request = {"messages": list(messages), "tools": list(tools), "options": dict(options)}
         guard, restore = self._stand_ins(request)
         guarded = _map_strings(request, lambda text: text.translate(guard))
@@ -229,6 +244,23 @@ class PromptRenderer:
             raise invalid("The messages use every character of a whole script.", param="messages")
         return {ord(char): stand_in for char, stand_in in chosen}, {ord(stand_in): char for char, stand_in in chosen}
 
+    def _reads_text_before_calls(self) -> bool:
+        """True for a template that wants what was said before a call as a message of its own.
+
+        Google's for Gemma 4 moves such text behind the call's result and closes the turn there, so that the model
+        would go on outside of any turn; in its own message it stays in its place. Its first version closes the turn
+        either way, and is left alone.
+        """
+        whole, apart = self._probe(_PROBE), self._probe(list(_text_before_calls(_PROBE)))
+        moved = 0 <= whole.find(_RESULT) < whole.find(_SAID)
+        return moved and re.search(f"{_SAID}(?!.*<turn\\|>.*{_RESULT}).*{_RESULT}", apart, re.DOTALL) is not None
+
+    def _probe(self, messages: list[Mapping[str, Any]]) -> str:
+        try:
+            return str(self._template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except _RENDER_ERRORS:
+            return ""
+
     def _opens_in(self, ids: list[int]) -> OpensIn:
         def last(name: str) -> int:
             token_id = self.control.ids.get(name)
@@ -277,6 +309,16 @@ class Detokenizer:
         text = self._bytes.decode(b"", final=True)
         self._bytes = _new_byte_decoder()
         return [text] if text else []
+
+
+def _text_before_calls(messages: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The messages with the text and thought of a turn in a message before the one with its calls."""
+    for message in messages:
+        if message.get("tool_calls") and message.get("content"):
+            yield {key: value for key, value in message.items() if key != "tool_calls"}
+            yield {"role": message["role"], "content": "", "tool_calls": message["tool_calls"]}
+        else:
+            yield message
 
 
 def _new_byte_decoder() -> codecs.IncrementalDecoder:
