@@ -19,7 +19,7 @@ from server.bridge import Bridge, EngineUnavailable
 from server.errors import ApiError
 from server.exchange import ChatTask, ChoiceDone, Delta, FinishReason, ReplyDone, StreamItem, ToolCall
 from server.output_parser import OutputParser, Parsed, StopStrings
-from server.prompt import Prompt, PromptRenderer
+from server.prompt import Prompt, PromptRenderer, PromptTooLong
 from server.tool_calls import new_call_id
 
 # Random seeds stay below 2**53 so that they survive JavaScript's numbers and can be sent back.
@@ -97,9 +97,14 @@ class ChatService:
 
     def render(self, task: ChatTask) -> list[Prompt]:
         """The prompts of a task: one, unless it carries several itself. Raises ApiError (400)."""
-        if task.prompts:
-            return [self.prompts.raw(prompt) for prompt in task.prompts]
-        return [self.prompts.render(task.messages, tool_schema.for_template(task.tools), task.template_options)]
+        most = self.bridge.info.context_length
+        try:
+            if task.prompts:
+                return [self.prompts.raw(prompt, most) for prompt in task.prompts]
+            tools = tool_schema.for_template(task.tools)
+            return [self.prompts.render(task.messages, tools, task.template_options, most)]
+        except PromptTooLong as error:
+            raise self._too_long(task, error.tokens, most, exact=False) from error
 
     @staticmethod
     def _seed(task: ChatTask) -> int:
@@ -125,8 +130,9 @@ class ChatService:
         ]
 
     @staticmethod
-    def _too_long(task: ChatTask, prompt_tokens: int, context_length: int) -> ApiError:
+    def _too_long(task: ChatTask, prompt_tokens: int, context_length: int, *, exact: bool = True) -> ApiError:
         return errors.context_length_exceeded(
+            exact=exact,
             prompt_tokens=prompt_tokens,
             completion_tokens=task.max_tokens or 1,
             context_length=context_length,

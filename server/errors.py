@@ -68,13 +68,14 @@ def unknown_model(name: str, known: Sequence[str]) -> ApiError:
 
 
 def context_length_exceeded(
-    *, prompt_tokens: int, completion_tokens: int, context_length: int, param: str = "messages"
+    *, prompt_tokens: int, completion_tokens: int, context_length: int, param: str = "messages", exact: bool = True
 ) -> ApiError:
-    """400 with both the code and OpenAI's own sentence: some clients read one, some the other (api.md 2.7)."""
+    """400 with both the code and OpenAI's own sentence: some clients read one, some the other."""
+    total = f"{'' if exact else 'at least '}{prompt_tokens + completion_tokens}"
     message = (
-        f"This model's maximum context length is {context_length} tokens. However, you requested "
-        f"{prompt_tokens + completion_tokens} tokens ({prompt_tokens} in the {param}, {completion_tokens} in the "
-        f"completion). Please reduce the length of the {param} or completion."
+        f"This model's maximum context length is {context_length} tokens. However, you requested {total} tokens "
+        f"({prompt_tokens} in the {param}, {completion_tokens} in the completion). Please reduce the length of the "
+        f"{param} or completion."
     )
     return ApiError(400, message, param=param, code="context_length_exceeded")
 

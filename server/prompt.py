@@ -59,6 +59,14 @@ class ChatTemplate(Protocol):
     def apply_chat_template(self, conversation: Any, /, **options: Any) -> Any: ...
 
 
+class PromptTooLong(Exception):
+    """The prompt has more tokens than may be. How many exactly is not known: at least `tokens`."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(f"at least {tokens} tokens")
+        self.tokens = tokens
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A rendered prompt. `opens_in`: what the first reply token belongs to ("channel": a label comes first)."""
@@ -119,7 +127,9 @@ class PromptRenderer:
         self._tokenizer.encode_special_tokens = True  # control tokens in text are plain text
         self._template = template
         self.control = ControlTokens(tokenizer)
-        self._known_ids: int = 1 + max(tokenizer.get_vocab().values())
+        vocabulary = tokenizer.get_vocab()
+        self._known_ids: int = 1 + max(vocabulary.values())
+        self._longest = max(map(len, vocabulary))  # characters that one token can stand for
         parameters = inspect.signature(template.apply_chat_template).parameters
         self._reserved = frozenset(parameters) | frozenset(special_names) | {"messages"}
         self._text_apart = self._reads_text_before_calls()
@@ -142,10 +152,17 @@ class PromptRenderer:
         messages: Iterable[Mapping[str, Any]],
         tools: Iterable[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
+        most: int | None = None,
     ) -> Prompt:
-        """Messages, tools and template options to ids. Raises ApiError (400) when the template cannot render them."""
+        """Messages, tools and template options to ids. Raises ApiError (400) when the template cannot render them.
+
+        `most`: tokens that would be taken. PromptTooLong is raised where it is certain before tokenising that there
+        are more; a few megabytes take seconds to tokenise.
+        """
         ids: list[int] = []
-        for piece, is_control in self._rendered(messages, tools, options or {}):
+        pieces = list(self._rendered(messages, tools, options or {}))
+        self._bound(sum(len(piece) for piece, _ in pieces), most)
+        for piece, is_control in pieces:
             ids += [self.control.ids[piece]] if is_control else self.encode(piece)
         return Prompt(tuple(ids), self._opens_in(ids))
 
@@ -168,9 +185,9 @@ class PromptRenderer:
         if self._text_apart:
             messages = _text_before_calls(messages)
         request = {"messages": list(messages), "tools": list(tools), "options": dict(options)}
-        guard, restore = self._stand_ins(request)
-        guarded = _map_strings(request, lambda text: text.translate(guard))
         try:
+            guard, restore = self._stand_ins(request)
+            guarded = _map_strings(request, lambda text: text.translate(guard))
             text = self._template.apply_chat_template(
                 guarded["messages"],
                 tools=guarded["tools"] or None,
@@ -185,16 +202,23 @@ class PromptRenderer:
         for piece, is_control in self.control.split(text):
             yield (piece, True) if is_control else (piece.translate(restore), False)
 
-    def raw(self, prompt: str | Sequence[int]) -> Prompt:
+    def _bound(self, characters: int, most: int | None) -> None:
+        at_least = characters // self._longest
+        if most is not None and at_least > most:
+            raise PromptTooLong(at_least)
+
+    def raw(self, prompt: str | Sequence[int], most: int | None = None) -> Prompt:
         """A prompt that the client wrote whole: control tokens in its text count, and it begins with `<bos>`.
 
-        Ids are taken as they are. Raises ApiError (400) for one outside the vocabulary, or a prompt of nothing.
+        Ids are taken as they are. Raises ApiError (400) for one outside the vocabulary, or a prompt of nothing, and
+        PromptTooLong as `render` does.
         """
         if not isinstance(prompt, str):
             ids = tuple(prompt)
             if not all(0 <= token_id < self._known_ids for token_id in ids):
                 raise invalid(f"Token ids must be from 0 to {self._known_ids - 1}", param="prompt")
         else:
+            self._bound(len(prompt), most)
             ids = tuple(self.encode_raw(prompt, begin=True))
         if not ids:
             raise invalid("The prompt is empty", param="prompt")
