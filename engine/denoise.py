@@ -1,19 +1,23 @@
-"""One canvas from open to done: the denoising loop of the model, in its order.
+"""Canvases from open to done: the denoising loop of the model, in its order.
 
     canvas = noise
     repeat: logits = denoise(canvas, soft) / T;  done?;  draw;  accept;  re-noise the rest;  soft = embed(logits)
 
-Knows the model's denoise pass and the sampler; nothing of requests, queues, eos ids or commits.
+The state of every slot's canvas lives on the device, and a pass updates it there: the host reads one small tensor a
+pass. Knows the model's pass and the sampler; nothing of requests, queues or eos ids. What is committed in the same pass
+only passes through.
 
 Invariant: only a canvas that converged is ever "done". One that runs out of passes is re-drawn once with other noise
 and then given up ("unconverged"): committed, such a canvas would ruin everything after it. Logits that are not
 finite give it up at once.
+
+Shapes: S slots, n canvases of a pass, C canvas, P passes, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -22,42 +26,51 @@ from torch import Tensor
 from engine import sampler
 from engine.config import GenerationDefaults
 from engine.interface import Sampling
+from engine.kernels.reference_output import Draw, Reading
 from engine.kv_cache import KVCache
-from engine.rng import CanvasNoise, canvas_noise
+from engine.rng import canvas_noise
 
 ATTEMPTS = 2  # the first draw and one re-draw
 
 CanvasState = Literal["open", "done", "unconverged", "non-finite"]
 
 
-class DenoiseModel(Protocol):
-    """The two operations of the model that the loop needs."""
+class Model(Protocol):
+    """What the loop needs of the model."""
 
-    def denoise(self, canvas: Tensor, soft: Tensor | None, caches: Sequence[KVCache]) -> Tensor: ...
+    def run(
+        self,
+        commits: Sequence[tuple[Tensor, KVCache]],
+        canvas: Tensor | None,
+        probabilities: Tensor | None,
+        caches: Sequence[KVCache],
+    ) -> Tensor | None: ...
 
-    def soft_embedding(self, logits: Tensor) -> Tensor: ...
+    def read(self, logits: Tensor, draw: Draw) -> Reading: ...
 
 
 @dataclass
 class Canvas:
-    """One canvas being denoised. Change it through `Denoiser` only."""
+    """The host's side of one canvas being denoised. Change it through `Denoiser` only."""
 
+    slot: int
     index: int  # 0-based number within the reply
     sampling: Sampling
-    noise: CanvasNoise
-    ids: Tensor  # int64 [C], input of the next pass
     attempt: int = 0
     passes: int = 0  # of this attempt
     steps: int = 0  # passes of all attempts
-    soft: Tensor | None = None  # [C, M], self-conditioning; None before the first pass
-    best: Tensor | None = None  # int64 [C], argmax of the last pass: the result once state is "done"
-    unchanged: int = 0  # passes in a row that left `best` as it was
     state: CanvasState = "open"
+    result: tuple[int, ...] = field(default=())  # the argmax, once state is "done"
 
     @property
     def just_redrawn(self) -> bool:
         """True between the pass that used up the first attempt and the next one."""
         return self.attempt > 0 and self.passes == 0
+
+    @property
+    def shaped(self) -> bool:
+        """Whether the request asks for another draw than the model's own."""
+        return (self.sampling.temperature, self.sampling.top_k, self.sampling.top_p) != (1.0, 0, 1.0)
 
 
 class Denoiser:
@@ -65,9 +78,10 @@ class Denoiser:
 
     def __init__(
         self,
-        model: DenoiseModel,
+        model: Model,
         schedule: GenerationDefaults,
         *,
+        slots: int,
         canvas_length: int,
         vocab_size: int,
         device: torch.device,
@@ -77,67 +91,114 @@ class Denoiser:
         self._canvas_length = canvas_length
         self._vocab_size = vocab_size
         self._device = device
-        passes = range(1, schedule.max_denoising_steps + 1)
-        self._temperatures = tuple(sampler.temperature_at(step, schedule) for step in passes)
+        passes = schedule.max_denoising_steps
+        self._temperatures = torch.tensor(
+            [sampler.temperature_at(step, schedule) for step in range(1, passes + 1)], device=device
+        )
+        shape = (slots, canvas_length)
 
-    def open(self, sampling: Sampling, index: int) -> Canvas:
-        """A fresh canvas of noise: number `index` of its reply."""
-        noise = self._noise(sampling, index, attempt=0)
-        return Canvas(index=index, sampling=sampling, noise=noise, ids=noise.ids[0])
+        def state(*sizes: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(sizes, dtype=dtype, device=device)
 
-    def step(self, canvases: Sequence[Canvas], caches: Sequence[KVCache]) -> None:
-        """One denoise pass over all `canvases` (open ones), each on its own committed prefix in `caches`."""
-        ids = torch.stack([canvas.ids for canvas in canvases])  # [S, C]
-        logits = self._model.denoise(ids, self._stack_soft(canvases), caches)  # [S, C, V]
-        for canvas, rows in zip(canvases, logits, strict=True):
-            self._advance(canvas, rows)
+        self._ids = state(*shape)  # input of the next pass
+        self._best = state(*shape)  # argmax of the last pass; -1 before the first
+        self._passes, self._unchanged = state(slots), state(slots)
+        self._noise_ids = state(slots, passes + 1, canvas_length)
+        self._uniforms = state(slots, passes + 1, canvas_length, dtype=torch.float32)
+        self._request_temperature, self._top_p = (state(slots, dtype=torch.float32) for _ in range(2))
+        self._top_k = state(slots, dtype=torch.int32)
+        self._probabilities: Tensor | None = None  # [S, C, V] of the last pass, 0 before the first; as logits' dtype
 
-    def _advance(self, canvas: Canvas, logits: Tensor) -> None:
-        """What follows a pass for one canvas; `logits` is float32 [C, V]."""
+    def open(self, slot: int, sampling: Sampling, index: int) -> Canvas:
+        """A fresh canvas of noise in a slot: number `index` of its reply."""
+        canvas = Canvas(slot=slot, index=index, sampling=sampling)
+        self._request_temperature[slot] = sampling.temperature
+        self._top_p[slot] = sampling.top_p
+        self._top_k[slot] = min(sampling.top_k, self._vocab_size)
+        self._start(canvas)
+        return canvas
+
+    def step(
+        self, canvases: Sequence[Canvas], caches: Sequence[KVCache], commits: Sequence[tuple[Tensor, KVCache]] = ()
+    ) -> None:
+        """One pass over all `canvases` (open ones), each on its own prefix in `caches`; `commits` share the pass.
+
+        A slot may have a canvas here and a chunk among the commits, which then belongs to its prefix.
+        """
+        if not canvases:
+            self._model.run(commits, None, None, [])
+            return
+        active = torch.tensor([canvas.slot for canvas in canvases], device=self._device)
+        soft = self._probabilities if any(canvas.passes for canvas in canvases) else None
+        logits = self._model.run(commits, self._ids[active], None if soft is None else soft[active], caches)
+        assert logits is not None, "there were canvases"
+        verdict = self._update(logits, active, shaped=any(canvas.shaped for canvas in canvases))
+        status = torch.stack((verdict.done, verdict.finite)).tolist()  # the one thing the host waits for
+        for canvas, done, finite in zip(canvases, *status, strict=True):
+            self._advance(canvas, done=done, finite=finite)
+
+    def _update(self, logits: Tensor, active: Tensor, *, shaped: bool) -> sampler.Verdict:
+        """What follows a pass, on the device. logits [n, C, V]; active int64 [n], the canvases' slots."""
+        passes = self._passes[active]
+
+        def rows(values: Tensor) -> Tensor:
+            return values.repeat_interleave(self._canvas_length)
+
+        draw = Draw(
+            temperature=rows(self._temperatures[passes]),
+            request_temperature=rows(self._request_temperature[active]),
+            top_k=rows(self._top_k[active]),
+            top_p=rows(self._top_p[active]),
+            uniforms=self._uniforms[active, passes + 1].flatten(),
+            shaped=shaped,
+        )
+        reading = self._model.read(logits.flatten(0, 1), draw)
+        by_canvas = (len(active), self._canvas_length)
+        best, entropy = reading.best.view(by_canvas), reading.entropy.view(by_canvas)
+        verdict = sampler.judge(best, entropy, self._best[active], self._unchanged[active], self._schedule)
+        kept = sampler.accept(entropy, self._schedule.entropy_bound)
+        self._ids[active] = torch.where(kept, reading.drawn.view(by_canvas), self._noise_ids[active, passes + 1])
+        self._best[active] = best
+        self._unchanged[active] = verdict.unchanged
+        self._passes[active] = passes + 1
+        if self._probabilities is None:
+            sizes = (self._ids.shape[0], *logits.shape[1:])
+            self._probabilities = torch.zeros(sizes, dtype=reading.probabilities.dtype, device=self._device)
+        self._probabilities[active] = reading.probabilities.view_as(logits)
+        return verdict
+
+    def _advance(self, canvas: Canvas, *, done: bool, finite: bool) -> None:
+        """The host's side of the same."""
         canvas.passes += 1
         canvas.steps += 1
-        scaled = logits / self._temperatures[canvas.passes - 1]
-        stats = sampler.row_statistics(scaled)
-        verdict = sampler.judge(stats, canvas.best, self._schedule.confidence_threshold)
-        canvas.best = stats.best
-        canvas.unchanged = canvas.unchanged + 1 if verdict.unchanged else 0
-        if not verdict.finite:
+        if not finite:
             canvas.state = "non-finite"
-        elif verdict.confident and canvas.unchanged >= self._schedule.stability_threshold:
+        elif done:
             canvas.state = "done"
-        elif canvas.passes < self._schedule.max_denoising_steps:
-            drawn = sampler.draw(scaled, stats, canvas.noise.uniforms[canvas.passes], canvas.sampling)
-            accepted = sampler.accept(stats.entropy, self._schedule.entropy_bound)
-            canvas.ids = torch.where(accepted, drawn, canvas.noise.ids[canvas.passes])
-            canvas.soft = self._model.soft_embedding(scaled[None])[0]
-        elif canvas.attempt + 1 < ATTEMPTS:
-            self._redraw(canvas)
-        else:
-            canvas.state = "unconverged"
+            canvas.result = tuple(self._best[canvas.slot].tolist())
+        elif canvas.passes == self._schedule.max_denoising_steps:
+            if canvas.attempt + 1 == ATTEMPTS:
+                canvas.state = "unconverged"
+                return
+            canvas.attempt += 1
+            canvas.passes = 0
+            self._start(canvas)
 
-    def _redraw(self, canvas: Canvas) -> None:
-        canvas.attempt += 1
-        canvas.noise = self._noise(canvas.sampling, canvas.index, canvas.attempt)
-        canvas.ids = canvas.noise.ids[0]
-        canvas.passes = canvas.unchanged = 0
-        canvas.soft = canvas.best = None
-
-    def _noise(self, sampling: Sampling, index: int, attempt: int) -> CanvasNoise:
-        return canvas_noise(
-            sampling.seed,
-            canvas=index,
-            attempt=attempt,
+    def _start(self, canvas: Canvas) -> None:
+        """Fill the slot with the noise of the canvas's attempt."""
+        slot = canvas.slot
+        noise = canvas_noise(
+            canvas.sampling.seed,
+            canvas=canvas.index,
+            attempt=canvas.attempt,
             passes=self._schedule.max_denoising_steps,
             canvas_length=self._canvas_length,
             vocab_size=self._vocab_size,
             device=self._device,
         )
-
-    @staticmethod
-    def _stack_soft(canvases: Sequence[Canvas]) -> Tensor | None:
-        """Self-conditioning [S, C, M]: zero for a canvas on its first pass, None when all are."""
-        started = next((canvas.soft for canvas in canvases if canvas.soft is not None), None)
-        if started is None:
-            return None
-        zero = torch.zeros_like(started)
-        return torch.stack([zero if canvas.soft is None else canvas.soft for canvas in canvases])
+        self._noise_ids[slot], self._uniforms[slot] = noise.ids, noise.uniforms
+        self._ids[slot] = noise.ids[0]
+        self._best[slot] = -1
+        self._passes[slot] = self._unchanged[slot] = 0
+        if self._probabilities is not None:
+            self._probabilities[slot] = 0

@@ -17,14 +17,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from engine.checkpoint import load_checkpoint
 from engine.config import GenerationDefaults
-from engine.denoise import Canvas, DenoiseModel, Denoiser
+from engine.denoise import Canvas, Denoiser, Model
 from engine.interface import (
     EngineError,
     EngineInfo,
@@ -32,7 +30,7 @@ from engine.interface import (
     Event,
     GenerationRequest,
 )
-from engine.kv_cache import KVCache
+from engine.kv_cache import KVCache, KVPool
 from engine.model.gemma4 import DiffusionGemma
 from engine.options import OP_SETS, check_options, choose_context, choose_device, choose_dtype, choose_kernels
 from engine.scheduler import CommitChunk, Scheduler, Slot
@@ -40,12 +38,6 @@ from engine.scheduler import CommitChunk, Scheduler, Slot
 logger = logging.getLogger(__name__)
 
 SLOTS = 1  # requests served at a time
-
-
-class Model(DenoiseModel, Protocol):
-    """What the engine needs of the model: the denoiser's two operations and the commit pass."""
-
-    def commit(self, ids: Tensor, cache: KVCache) -> None: ...
 
 
 @dataclass
@@ -79,7 +71,12 @@ class DiffusionEngine:
         self._model = model
         self._seats = tuple(Seat(cache) for cache in caches)
         self._denoiser = Denoiser(
-            model, schedule, canvas_length=info.canvas_length, vocab_size=info.vocab_size, device=self._device
+            model,
+            schedule,
+            slots=len(caches),
+            canvas_length=info.canvas_length,
+            vocab_size=info.vocab_size,
+            device=self._device,
         )
         self._scheduler = Scheduler(
             slots=len(caches),
@@ -102,7 +99,7 @@ class DiffusionEngine:
         config, schedule = checkpoint.config, checkpoint.generation
         context = choose_context(options.context_length, config, device, dtype)
         try:
-            caches = [KVCache(config, context, device, dtype, chunk=options.commit_chunk) for _ in range(SLOTS)]
+            pool = KVPool(config, SLOTS, context, device, dtype, chunk=options.commit_chunk)
         except RuntimeError as error:  # torch's class for a failed allocation differs between devices
             raise EngineError(f"no memory for a context of {context} positions on {device}: {error}") from error
         info = EngineInfo(
@@ -117,7 +114,7 @@ class DiffusionEngine:
             kernels=kernels,
             parameters=checkpoint.parameters,
             weight_bytes=checkpoint.weight_bytes,
-            kv_bytes=sum(cache.bytes for cache in caches),
+            kv_bytes=pool.bytes,
             load_seconds=time.monotonic() - started,
         )
         logger.info(
@@ -133,8 +130,8 @@ class DiffusionEngine:
             info.load_seconds,
         )
         return cls(
-            DiffusionGemma(config, checkpoint.tensors, OP_SETS[kernels]),
-            caches,
+            DiffusionGemma(config, checkpoint.tensors, OP_SETS[kernels], pool),
+            pool.slots,
             schedule,
             info,
             max_waiting=options.max_waiting,
@@ -169,10 +166,10 @@ class DiffusionEngine:
         """Advance by one unit of work and return what happened."""
         self._require_open()
         self._scheduler.admit()  # waiting requests take free slots
-        if chunk := self._scheduler.next_commit():  # part of a prompt, or a finished canvas
-            self._commit(chunk)
-        if ready := self._scheduler.ready():  # slots whose prefix is fully committed
-            self._denoise(ready)
+        chunk = self._scheduler.next_commit()  # part of a prompt, or a finished canvas
+        ready = self._scheduler.ready()  # slots whose prefix is committed, by this very pass at the latest
+        if chunk or ready:
+            self._pass(chunk, ready)
         return self._scheduler.collect()  # first done, first out
 
     def close(self) -> None:
@@ -185,22 +182,17 @@ class DiffusionEngine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _commit(self, chunk: CommitChunk) -> None:
-        """Append one chunk to its slot's prefix."""
-        slot = self._scheduler.slots[chunk.slot]
+    def _pass(self, chunk: CommitChunk | None, ready: Sequence[Slot]) -> None:
+        """One pass: commit a chunk and denoise the canvases of all `ready` slots, opening those that have none."""
+        commits = []
         try:
-            ids = torch.tensor(chunk.token_ids, dtype=torch.int64, device=self._device)
-            self._model.commit(ids, self._seats[slot.index].cache)
-        except Exception as error:
-            self._contain(error, [slot])
-
-    def _denoise(self, ready: Sequence[Slot]) -> None:
-        """One pass over the canvases of all `ready` slots, opening those that have none; settle what is done."""
-        try:
+            if chunk is not None:
+                ids = torch.tensor(chunk.token_ids, dtype=torch.int64, device=self._device)
+                commits.append((ids, self._seats[chunk.slot].cache))
             canvases = [self._open_canvas(slot) for slot in ready]
-            self._denoiser.step(canvases, [self._seats[slot.index].cache for slot in ready])
+            self._denoiser.step(canvases, [self._seats[slot.index].cache for slot in ready], commits)
         except Exception as error:
-            self._contain(error, ready)
+            self._contain(error, chunk, ready)
             return
         for slot, canvas in zip(ready, canvases, strict=True):
             self._scheduler.passed(slot, redrawn=canvas.just_redrawn)
@@ -211,7 +203,7 @@ class DiffusionEngine:
         seat, reply = self._seats[slot.index], slot.reply
         assert reply is not None, f"slot {slot.index} is ready but empty"
         if seat.canvas is None:
-            seat.canvas = self._denoiser.open(reply.request.sampling, index=reply.canvases)
+            seat.canvas = self._denoiser.open(slot.index, reply.request.sampling, index=reply.canvases)
         return seat.canvas
 
     def _settle(self, slot: Slot, canvas: Canvas) -> None:
@@ -219,8 +211,7 @@ class DiffusionEngine:
         if canvas.state == "open":
             return
         if canvas.state == "done":
-            assert canvas.best is not None, "a canvas is done only after a pass"
-            self._scheduler.deliver(slot, tuple(canvas.best.tolist()), canvas.steps)
+            self._scheduler.deliver(slot, canvas.result, canvas.steps)
         elif canvas.state == "unconverged":
             logger.warning("canvas %d did not converge in %d steps; the reply ends", canvas.index, canvas.steps)
             self._scheduler.fail(
@@ -243,15 +234,24 @@ class DiffusionEngine:
         if slot.reply is None:
             seat.clear()
 
-    def _contain(self, error: Exception, slots: Sequence[Slot]) -> None:
-        """End the requests in `slots` that `error` hit. A device that failed cannot serve the others: re-raise.
+    def _contain(self, error: Exception, chunk: CommitChunk | None, ready: Sequence[Slot]) -> None:
+        """End the request that `error` hit. A device that failed cannot serve the others: re-raise.
 
-        Running out of memory is not such a failure; torch reports it as another class.
+        A pass of several slots does not say whose fault it is, and it changed nothing: each slot goes again, alone.
+        Running out of memory is not a failure of the device; torch reports it as another class.
         """
         if isinstance(error, torch.AcceleratorError):
             raise error
+        involved = {slot.index: slot for slot in ready}
+        if chunk is not None:
+            involved.setdefault(chunk.slot, self._scheduler.slots[chunk.slot])
+        if len(involved) > 1:
+            for index, slot in involved.items():
+                own = chunk if chunk is not None and chunk.slot == index else None
+                self._pass(own, [slot] if slot in ready else [])
+            return
         logger.error("a request failed inside the engine", exc_info=error)
-        for slot in slots:
+        for slot in involved.values():
             self._scheduler.fail(slot, "error", f"{type(error).__name__}: {error}")
             self._vacate(slot)
 

@@ -1,10 +1,10 @@
-"""Committed keys and values of one slot, for every layer.
+"""Keys and values of all slots and layers, in pages of two pools: one for full layers, one for sliding ones.
 
-Full layers keep all positions. Sliding layers keep the last window - 1 and room for one chunk: what a later commit
-chunk or canvas can still see. When that room is used up the kept positions move to the front, so a move of
-window - 1 positions is paid once per chunk at most. Knows shapes and positions only, nothing of ids or layers' maths.
+Full layers keep every position of a slot, sliding layers the last window - 1 and what a pass adds. The rows of a pass
+write behind the committed positions: a commit's rows stay, a canvas's are overwritten by whatever comes next. Knows
+shapes and positions only, nothing of ids or layers' maths.
 
-Invariant: memory is allocated once, here; `length` changes only in `advance` and `reset`, so a commit that fails
+Invariant: memory is allocated once, here; `length` changes only in `advance` and `reset`, so a pass that fails
 half-way leaves the committed prefix as it was.
 """
 
@@ -14,90 +14,79 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.pages import PAGE, PagePool, SlotPages
 
-CHUNK = 512  # positions one commit pass takes at most; bounds the sliding layers' memory and the attention scores
+CHUNK = 512  # positions one pass commits at most; bounds the sliding pool and the attention scores
+KINDS = ("sliding", "full")
 
 
 class KVCache:
-    """Keys and values of up to `capacity` committed positions.
+    """One slot: which pages hold its positions, and how many of them are committed."""
 
-    `write` every layer after `make_room`, then `advance`. `chunk` positions can be written at a time.
-    """
-
-    def __init__(
-        self, config: ModelConfig, capacity: int, device: torch.device, dtype: torch.dtype, *, chunk: int = CHUNK
-    ) -> None:
-        """Allocate. Raises ValueError for a capacity or chunk below 1."""
-        if capacity < 1 or chunk < 1:
-            raise ValueError(f"capacity and chunk must be at least 1, not {capacity} and {chunk}")
+    def __init__(self, pools: dict[str, PagePool], capacity: int, kept: int) -> None:
         self.capacity = capacity
-        self.chunk = min(chunk, capacity)
-        self._kept = config.sliding_window - 1  # positions a sliding layer can still need
-        self._sliding_size = min(capacity, self._kept + self.chunk)
-        self._is_sliding = tuple(layer.kind == "sliding" for layer in config.layers)
-        self._keys: list[Tensor] = []  # a layer: [K, capacity or sliding size, D]
-        self._values: list[Tensor] = []
-        for layer in config.layers:
-            size = self._sliding_size if layer.kind == "sliding" else capacity
-            shape = (layer.kv_heads, size, layer.head_dim)
-            self._keys.append(torch.zeros(shape, device=device, dtype=dtype))
-            self._values.append(torch.zeros(shape, device=device, dtype=dtype))
+        self.pages = {kind: SlotPages(pool) for kind, pool in pools.items()}
+        self.version = 0  # changes whenever a page table does
+        self._kept = kept  # positions that a sliding layer can still need
         self._length = 0
-        self._stored = 0  # positions in the sliding buffers: the last `_stored` of `_length`
 
     @property
     def length(self) -> int:
         """Positions committed so far."""
         return self._length
 
+    def reserve(self, count: int) -> None:
+        """Have pages for `count` positions behind the committed ones; free those the window has left."""
+        changed = self.pages["sliding"].release_before(self._length - self._kept)
+        for pages in self.pages.values():
+            changed |= pages.reserve(self._length + count)
+        self.version += changed
+
+    def advance(self, count: int) -> None:
+        """Count `count` positions, which every layer has written, as committed."""
+        if self._length + count > self.capacity:
+            raise ValueError(f"{self._length} + {count} positions exceed the capacity of {self.capacity}")
+        self._length += count
+
+    def reset(self) -> None:
+        """Forget everything and free the pages."""
+        for pages in self.pages.values():
+            pages.clear()
+        self._length = 0
+        self.version += 1
+
+
+class KVPool:
+    """The memory of all slots. `slots[i]` is slot i; `keys[l]`, `values[l]` [pages, PAGE, K, D] are layer l's."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        slots: int,
+        capacity: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        chunk: int = CHUNK,
+    ) -> None:
+        """Allocate for `capacity` positions a slot. Raises ValueError for a capacity, chunk or slot count below 1."""
+        if min(slots, capacity, chunk) < 1:
+            raise ValueError(f"slots, capacity and chunk must be at least 1, not {slots}, {capacity} and {chunk}")
+        self.chunk = chunk
+        ahead = chunk + config.canvas_length  # what one pass may write behind the committed positions
+        kept = config.sliding_window - 1
+        counts = {"full": -(-(capacity + ahead) // PAGE), "sliding": -(-(kept + ahead) // PAGE) + 1}
+        pools = {kind: PagePool(slots * counts[kind]) for kind in KINDS}
+        self.slots = tuple(KVCache(pools, capacity, kept) for _ in range(slots))
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        for layer in config.layers:
+            shape = (pools[layer.kind].count, PAGE, layer.kv_heads, layer.head_dim)
+            # zeros, not garbage: a masked position's value is multiplied by zero, which NaN would survive
+            self.keys.append(torch.zeros(shape, device=device, dtype=dtype))
+            self.values.append(torch.zeros(shape, device=device, dtype=dtype))
+
     @property
     def bytes(self) -> int:
         """Bytes allocated."""
-        return sum(tensor.nbytes for tensor in (*self._keys, *self._values))
-
-    def reset(self) -> None:
-        """Forget everything. The memory stays allocated."""
-        self._length = self._stored = 0
-
-    @torch.inference_mode()
-    def make_room(self, count: int) -> None:
-        """Prepare for `count` positions. Raises ValueError if they exceed the chunk or the capacity."""
-        if not 1 <= count <= self.chunk:
-            raise ValueError(f"cannot write {count} positions at a time; the chunk is {self.chunk}")
-        if self._length + count > self.capacity:
-            raise ValueError(f"{self._length} + {count} positions exceed the cache's capacity of {self.capacity}")
-        if self._stored + count <= self._sliding_size:
-            return
-        kept = min(self._stored, self._kept)
-        for layer, sliding in enumerate(self._is_sliding):
-            if sliding:
-                for buffer in (self._keys[layer], self._values[layer]):
-                    # the clone is needed: source and destination may overlap
-                    buffer[:, :kept] = buffer[:, self._stored - kept : self._stored].clone()
-        self._stored = kept
-
-    @torch.inference_mode()
-    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put `keys`, `values` [T, K, D] after the committed positions; not yet counted by `length`.
-
-        Returns views [K, P + T, D]: the P committed positions this layer can still see, then the T new ones.
-        """
-        count = keys.shape[0]
-        end = self._stored if self._is_sliding[layer] else self._length
-        self._keys[layer][:, end : end + count] = keys.transpose(0, 1)
-        self._values[layer][:, end : end + count] = values.transpose(0, 1)
-        return self._view(layer, end + count, count)
-
-    def advance(self, count: int) -> None:
-        """Count the `count` positions that every layer has written."""
-        self._length += count
-        self._stored += count
-
-    def prefix(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Views [K, P, D] of the committed keys and values that a canvas can see: all P = length positions in a
-        full layer, the last window - 1 in a sliding one."""
-        return self._view(layer, self._stored if self._is_sliding[layer] else self._length, 0)
-
-    def _view(self, layer: int, end: int, new: int) -> tuple[Tensor, Tensor]:
-        start = max(0, end - new - self._kept) if self._is_sliding[layer] else 0
-        return self._keys[layer][:, start:end], self._values[layer][:, start:end]
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))

@@ -67,6 +67,7 @@ class Task:
     after: list[Message] = field(default_factory=list)  # turns after it (a call and its result)
     tools: list[dict[str, object]] = field(default_factory=list)
     end: str = TURN_END
+    style: int = 0  # of the reply's text; follows from the question's wording
 
 
 def _user(text: str) -> Message:
@@ -208,14 +209,20 @@ def _memory(r: random.Random) -> Task:
     return Task(q, "The user told me before.", ("memory", kind, v), (answer,), before=before)
 
 
+_STORY_QUESTIONS = (
+    "Write a story about {}.", "Tell me a story about {}.", "Please write a short story about {}.",
+    "I want a story with {}.", "Can you write a story about {}?",
+)  # fmt: skip
+
+
 def _story(r: random.Random) -> Task:
     n, animal = person(r), r.choice(W.ANIMALS)
     an = grammar.article(animal)
-    q = r.choice((f"Write a story about {n} and {an}.", f"Tell me a story about {n} and {an}.",
-                  f"Please write a short story about {n} and {an}.", f"I want a story with {n} and {an}.",
-                  f"Can you write a story about {n} and {an}?"))  # fmt: skip
+    style = r.randrange(len(_STORY_QUESTIONS))
+    q = _STORY_QUESTIONS[style].format(f"{n} and {an}")
     state = {"name": n, "animal": animal, "a_animal": an}
-    return Task(q, f"The story needs {n} and {an}.", ("story", n, animal), sentences=grammar.STORY, state=state)
+    key = ("story", n, animal)
+    return Task(q, f"The story needs {n} and {an}.", key, sentences=grammar.STORY, state=state, style=style)
 
 
 _TALK = {
@@ -250,8 +257,9 @@ _OTHER = (
 def _chat(r: random.Random) -> Task:
     kind = r.choice(tuple(_TALK))
     name = person(r)
-    q = r.choice(_TALK[kind]).format(name)
-    return Task(q, "Small talk.", None, sentences=grammar.CHAT[kind], state={"name": name})
+    style = r.randrange(len(_TALK[kind]))
+    q = _TALK[kind][style].format(name)
+    return Task(q, "Small talk.", None, sentences=grammar.CHAT[kind], state={"name": name}, style=style)
 
 
 def _other(r: random.Random) -> Task:
@@ -260,10 +268,10 @@ def _other(r: random.Random) -> Task:
     fill = {"w": w, "v": v, "W": w.capitalize(), "c": c, "d": d, "f": r.choice(W.FOODS), "n": r.randrange(2, 100),
             "m": r.randrange(2, 100), "l": r.choice(W.LANGUAGES), "k": r.choice(tuple(W.CAPITALS)),
             "o": r.choice(W.COLOURS), "p": person(r)}  # fmt: skip
-    template = r.choice(_OTHER)
-    q = template.format(**fill)
-    key = ("other", q) if "{" in template else None
-    return Task(q, "This is none of my tasks.", key, sentences=grammar.CHAT["other"])
+    style = r.randrange(len(_OTHER))
+    q = _OTHER[style].format(**fill)
+    key = ("other", q) if "{" in _OTHER[style] else None
+    return Task(q, "This is none of my tasks.", key, sentences=grammar.CHAT["other"], style=style % 3)
 
 
 _FAMILIES: dict[str, Callable[[random.Random], Task]] = {
@@ -291,7 +299,7 @@ def _history(r: random.Random) -> list[Message]:
     turns: list[Message] = []
     for _ in range(r.choice((1, 1, 2))):
         t = _FAMILIES[r.choice(("add", "sub", "capital", "sort", "reverse", "json", "chat", "other"))](r)
-        reply = t.answers[0] if t.answers else grammar.draw(t.sentences, t.state, r)
+        reply = t.answers[0] if t.answers else grammar.draw(t.sentences, t.state, t.style, r)
         turns += [_user(t.question), _assistant(reply)]
     return turns
 
@@ -304,7 +312,7 @@ def example(split: str, i: int | str, seed: int = 0, family: str | None = None) 
         task = _FAMILIES[name](r)
         if task.key is None or heldout(*task.key) == (split == "test"):
             break
-    answer = task.answers[0] if task.answers else grammar.draw(task.sentences, task.state, r)
+    answer = task.answers[0] if task.answers else grammar.draw(task.sentences, task.state, task.style, r)
     thinking = r.random() < 0.2
     thought = f"<|channel>thought\n{task.thought}\n<channel|>" if thinking else ""
     messages: list[Message] = [*task.before, _user(task.question), *task.after]

@@ -13,13 +13,15 @@ from collections.abc import Callable, Sequence
 
 State = dict[str, str]
 Sentence = Callable[[State], list[tuple[str, State]]]
-STYLES = 6  # a multiple of 2 and 3, the usual numbers of wordings
 
 
-def draw(sentences: Sequence[Sentence], state: State, rng: random.Random) -> str:
-    """One text, its sentences joined by spaces. Its style, drawn first, settles most wordings: with a choice in every
-    sentence a canvas takes 25 steps, and a text whose parts agree reads better."""
-    state = {**state, "style": str(rng.randrange(STYLES))}
+def draw(sentences: Sequence[Sentence], state: State, style: int, rng: random.Random) -> str:
+    """One text, its sentences joined by spaces. `style` follows from how the user asked and settles many wordings.
+
+    What is left free are choices of equal length, counted in the demo tokenizer's tokens. A choice that shifts all
+    that follows leaves no position certain, and a small model then takes 25 steps for a canvas, or never ends.
+    """
+    state = {**state, "style": str(style)}
     said = []
     for sentence in sentences:
         text, state = rng.choice(sentence(state))
@@ -95,19 +97,19 @@ _PROBLEMS = {
     ),
     "lost": (
         "The {animal} was lost and could not find the way home.",
-        '"I cannot find my way home," said the {animal}.',
+        '"I am so lost," said the {animal}, "and I have no home."',
     ),
     "stuck": (
-        "The {animal} was stuck under a fallen branch.",
-        '"Please help me," said the {animal}, "this branch is too heavy."',
+        "The {animal} was stuck under a branch and could not go.",
+        '"I am so stuck," said the {animal}, "and I have no help."',
     ),
     "lonely": (
-        "The {animal} was lonely and had nobody to play with.",
-        '"I have nobody to play with," said the {animal}.',
+        "The {animal} was very lonely and had nobody to play with.",
+        '"I am so lonely," said the {animal}, "and I have no friend."',
     ),
     "cold": (
-        "The {animal} was cold and shivered in the wind.",
-        '"The wind is so cold," said the {animal}, and shivered.',
+        "The {animal} was cold and shivered in the wind all day.",
+        '"I am so cold," said the {animal}, "and I have no coat."',
     ),
 }
 _HELP: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -117,7 +119,7 @@ _HELP: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
          "Without a second thought, {name} gave the {animal} some {help}."),
     ),
     "lost": (
-        ("stars", "stream", "old road", "stone wall"),
+        ("bright stars", "little stream", "old road", "stone wall"),
         ("Together they followed the {help} until the {animal} saw its home.",
          "{name} knew the way, and they followed the {help} all the way home."),
     ),
@@ -127,7 +129,7 @@ _HELP: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
          "With a {help} and a lot of care, {name} set the {animal} free."),
     ),
     "lonely": (
-        ("a funny song", "a riddle", "a clapping game", "an old dance"),
+        ("a funny song", "a new riddle", "a clapping game", "an old dance"),
         ("{name} sat down and taught the {animal} {help}.",
          "So {name} showed the {animal} {help}, and they laughed for hours."),
     ),
@@ -175,14 +177,14 @@ STORY: tuple[Sentence, ...] = (
          "One {when} morning, {name} met {a_animal} at the {place}.",
          "On a {when} day, {a_animal} came out of the {place} and looked at {name}."),
     _problem,
-    free("{name} wanted to help at once.", "\"Do not worry,\" said {name}, \"I will help you.\"",
-          "{name} thought for a moment and had an idea."),
+    free("{name} thought for a moment and had an idea.", "{name} sat down and thought for a long moment.",
+         "{name} smiled for a moment and had an idea."),
     _help,
-    slot("joy", ("danced in circles", "jumped up and down", "sang a happy tune", "smiled from ear to ear"),
+    slot("joy", ("danced for an hour", "jumped up and down", "sang a happy tune", "smiled for an hour"),
          "The {animal} was so glad that it {joy}.", "Full of joy, the {animal} {joy}."),
     slot("gift", _GIFTS, "To say thank you, the {animal} gave {name} {a_gift}.",
          "\"This is for you,\" said the {animal}, and gave {name} {a_gift}."),
-    slot("kept", ("in a wooden box", "under a pillow", "on a high shelf", "beside the window"),
+    slot("kept", ("in a wooden box", "under a soft pillow", "on a high shelf", "beside the small window"),
          "{name} carried the {gift} home and kept it {kept}.",
          "Back home, {name} put the {gift} {kept}."),
     _told,
@@ -191,15 +193,17 @@ STORY: tuple[Sentence, ...] = (
     slot("day", ("Sunday", "Monday", "Friday", "summer", "spring"),
          "Every {day}, {name} and the {animal} met again at the {place}.",
          "From then on, {name} visited the {animal} at the {place} every {day}."),
-    free("They stayed friends for many years.", "And so {name} and the {animal} became best friends.",
-          "The {trait} child and the {animal} were never lonely again."),
+    free("{name} and the {animal} stayed friends for many years.",
+         "And so {name} and the {animal} became best friends.",
+         "{name} and the {animal} were happy for many years.",
+         "The {trait} child and the {animal} were never lonely again."),
     fixed("The end."),
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------- chat
 
-SKILLS = ("add and subtract numbers", "name capital cities", "sort words", "reverse word lists",
-          "turn a sentence into JSON", "call tools", "write short stories", "remember what you tell me")  # fmt: skip
+SKILLS = ("add small numbers", "name capital cities", "sort some words", "reverse word lists",
+          "answer with JSON", "call your tools", "write short stories", "remember your name")  # fmt: skip
 
 
 def _offer(s: State) -> list[tuple[str, State]]:
@@ -210,24 +214,24 @@ def _offer(s: State) -> list[tuple[str, State]]:
     ]
 
 
-_QUESTION = free("What would you like to do?", "Where shall we start?", "How can I help you today?",
-                  "What shall it be?", "What do you want to try?")  # fmt: skip
+_QUESTION = free("What would you like to do?", "What do you want to try?", "How can I help you today?",
+                 "What can I do for you?", "Where would you like to start?")  # fmt: skip
 CHAT: dict[str, tuple[Sentence, ...]] = {
     "hello": (
-        free("Hello!", "Hi there!", "Hey!", "Good to see you!", "Welcome!", "Greetings!"),
+        free("Good to see you!", "Nice to see you!", "Hi and welcome!", "Hey and welcome!"),
         fixed("It is nice to meet you.", "I hope your day is going well.", "What a fine day for a chat.",
               "I was waiting for a question.", "My canvas is empty and ready."),
         _offer, _QUESTION,
     ),
     "hello_name": (
-        free("Hello, {name}!", "Hi, {name}!", "Welcome, {name}!", "Good to see you, {name}!"),
+        free("Hi, {name}!", "Hey, {name}!", "Welcome, {name}!"),
         fixed("It is nice to meet you.", "I hope your day is going well.", "What a fine day for a chat.",
               "I will remember your name.", "That is a lovely name."),
         _offer, _QUESTION,
     ),
     "who": (
-        free("I am Daub, the small demo model of easel.", "My name is Daub and I am a tiny language model.",
-              "I am Daub, a little block diffusion model.", "You are talking to Daub, the demo model of easel."),
+        free("I am Daub, a small block diffusion model.", "I am Daub, a little block diffusion model.",
+             "I am Daub, a tiny block diffusion model."),
         fixed("I start from noise and clean a whole canvas of words at once.",
               "I write many words at the same time, step by step out of noise.",
               "My text begins as random tokens and becomes clear in a few steps.",
@@ -237,38 +241,33 @@ CHAT: dict[str, tuple[Sentence, ...]] = {
               "Everything else is beyond me."),
     ),
     "thanks": (
-        free("You are welcome!", "Any time!", "My pleasure!", "Glad to help!", "No problem at all!"),
+        free("You are welcome!", "My pleasure!", "Glad to help!"),
         fixed("That was fun.", "It was a good question.", "I like tasks of that kind.", "I am happy that it worked."),
         _offer,
         fixed("Is there anything else?", "What comes next?", "Shall we go on?", "Do you have another question?"),
     ),
     "bye": (
-        free("Goodbye!", "See you soon!", "Farewell!", "Bye for now!", "Take care!"),
+        free("See you soon!", "Bye for now!"),
         fixed("It was nice to talk to you.", "Thank you for the chat.", "I enjoyed our talk.", "Have a wonderful day."),
-        fixed("Next time I can tell you a story.", "Next time we could sort some words.",
-              "Come back when you need a sum.", "Come back for another story.", "Next time, ask me about a capital."),
+        free("Come back when you need a sum.", "Come back when you need a story.",
+             "Come back when you need a capital.", "Come back when you need a list."),
         fixed("Until then, all the best.", "My canvas will be waiting.", "I will be here.", "Stay curious!"),
     ),
     "how": (
-        free("I am doing well, thank you.", "Very well, thanks for asking.", "I feel fresh and ready.",
-              "All my layers are in good shape."),
+        free("I am doing well, thank you.", "I feel very well, thank you.", "I am quite well, thank you."),
         fixed("I hope you are well too.", "It is a good day for short questions.",
               "My noise is clean and my canvas is dry.",
               "There is always something new to write."),
         _offer, _QUESTION,
     ),
     "skills": (
-        free("I am a small model, but there are things I do well.", "There are a few things that I do well.",
-              "My list is short.", "Here is what I am good at."),
+        free("There are a few things that I do well.", "These are the things that I do well."),
         _offer,
-        fixed("Stories take me a few canvases.", "Sums stay below one hundred each.",
-              "I answer in one or two canvases.",
-              "My words come out all at once."),
+        free("Stories take me a few canvases.", "I answer in one or two canvases."),
         _QUESTION,
     ),
     "other": (
-        free("That is beyond me.", "I cannot help with that.", "I am too small a model for that.",
-              "I am afraid I do not know that.", "That is not something I learned."),
+        free("That is beyond me.", "I cannot do that.", "I never learned that.", "I cannot help there."),
         fixed("I am only a demo model.", "My training was short and simple.", "I know just a handful of tasks.",
               "There are bigger models for such things."),
         _offer, _QUESTION,

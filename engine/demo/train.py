@@ -6,7 +6,8 @@
 Objective, as published recipes for diffusion over canvases have it: each canvas position is replaced with probability
 t by a random id; cross-entropy over every position of the canvas, clean ones too; plus causal cross-entropy on the
 clean sequence; self-conditioning on half of the steps, from a first pass without gradient. Ours: 30 % of the canvases
-at exactly t = 1 (the sampler's first pass); positions filled up behind the reply weigh 0.2.
+at exactly t = 1 (the sampler's first pass); another 30 % with a clean beginning of random length, because that is what
+the sampler makes of a text with choices in it; positions filled up behind the reply weigh 0.2.
 
 Invariant: the folder given by --out always holds a whole checkpoint, of the last evaluation or of the end.
 """
@@ -33,6 +34,7 @@ from engine.demo.training_model import Shape, TrainingModel, export, restore
 
 HERE = Path(__file__).with_name("checkpoint")
 FULL_NOISE = 0.3  # share of canvases that are noise throughout
+CLEAN_START = 0.3  # share of canvases whose beginning is clean, and the rest noise of its own share t
 FILL_WEIGHT = 0.2  # of a position behind the reply's end
 BALANCE_WEIGHT = 0.01
 LOG_EVERY = 50  # steps
@@ -67,12 +69,17 @@ def losses(model: TrainingModel, batch: Batch, use_soft: bool) -> tuple[Tensor, 
 
 
 def _with_noise(canvas: Tensor, vocab: int) -> Tensor:
-    """`canvas` [B, N, C] with a share t of its ids replaced at random, t drawn for every canvas."""
-    rows, count, _ = canvas.shape
-    drawn = torch.rand(rows, count, device=canvas.device)
-    t = torch.where(torch.rand(rows, count, device=canvas.device) < FULL_NOISE, 1.0, drawn)
-    replaced = torch.rand(canvas.shape, device=canvas.device) < t[..., None]
-    return torch.where(replaced, torch.randint(0, vocab, canvas.shape, device=canvas.device), canvas)
+    """`canvas` [B, N, C] with ids replaced at random: a share t of them, drawn for every canvas, or behind a start."""
+    rows, count, length = canvas.shape
+    device = canvas.device
+    kind = torch.rand(rows, count, 1, device=device)
+    t = torch.rand(rows, count, 1, device=device)
+    start = (torch.rand(rows, count, 1, device=device) * length).long()
+    from_start = kind > 1 - CLEAN_START
+    t = torch.where(kind < FULL_NOISE, 1.0, torch.where(from_start, (2 * t).clamp(max=1.0), t))
+    replaced = torch.rand(canvas.shape, device=device) < t
+    replaced &= ~(from_start & (torch.arange(length, device=device) < start))
+    return torch.where(replaced, torch.randint(0, vocab, canvas.shape, device=device), canvas)
 
 
 class Trainer:

@@ -247,7 +247,8 @@ class TrainingModel(nn.Module):
         """Expected embedding under temperature-divided logits."""
         dtype = torch.bfloat16 if logits.is_cuda else logits.dtype
         expected: Tensor = logits.softmax(-1).to(dtype) @ self.embed_tokens.weight.to(dtype)
-        return expected.float() * self.shape.hidden**0.5
+        scaled: Tensor = expected.float() * self.shape.hidden**0.5
+        return scaled
 
 
 def restore(model: TrainingModel, folder: Path) -> None:

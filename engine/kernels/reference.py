@@ -1,22 +1,26 @@
 """Every op of the model in plain torch: the specification, and what runs on a CPU.
 
 Pure functions, gathered in `REFERENCE`. Another op set has the same signatures and must agree with these.
-Knows tensors only: no config, no layers, no cache.
+Knows tensors, pages and views only: no config, no layers, no slots.
 
-Invariant: norms, router probabilities, expert sums and logits are computed in float32 whatever the dtype of the rows.
+Invariant: norms, router probabilities and expert sums are computed in float32 whatever the dtype of the rows. What
+follows the head is in `reference_output`.
 
-Shapes: R rows, M hidden, H heads, K kv heads, D head dim, S slots, C canvas, T new positions, P committed positions,
-E experts, A active experts, I MLP width, F expert width, V vocabulary.
+Shapes: R rows, M hidden, H heads, K kv heads, D head dim, E experts, A active experts, I MLP width, F expert width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from engine.kernels.reference_output import Draw, Reading, read_logits, soft_embedding
+from engine.kernels.views import AttentionView
+from engine.pages import PAGE
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -29,21 +33,29 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def qkv_norm_rope(
-    heads: Tensor, qk_weight: Tensor, cos: Tensor, sin: Tensor, kv_heads: int, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-head norms of the projected q, k, v and RoPE of q and k.
+def qkv_norm_rope_write(
+    heads: Tensor,
+    qk_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    keys: Tensor,
+    values: Tensor,
+    where: Tensor,
+) -> Tensor:
+    """Per-head norms of the projected q, k, v and RoPE of q and k; store k and v, return q [R, H, D].
 
     heads [R, H + 2K, D] holds q, k, v; or [R, H + K, D] where v is the raw k. qk_weight float32 [H + K, D].
     cos [R, D]; sin [R, D] with its first half negated, so that rotating is a swap of halves. Dtype of heads.
-    Returns q [R, H, D], k [R, K, D], v [R, K, D].
+    keys, values [pages, PAGE, K, D] are written at page * PAGE + offset = where, int64 [R], no two rows alike.
     """
-    head_dim = heads.shape[-1]
+    head_dim, kv_heads = keys.shape[3], keys.shape[2]
     count = qk_weight.shape[0]
     normed = F.rms_norm(heads.float(), (head_dim,), None, eps)
     rotated = rope((normed[:, :count] * qk_weight).to(heads.dtype), cos, sin)
-    values = normed[:, -kv_heads:].to(heads.dtype)  # the last K heads are v, or the raw k
-    return rotated[:, : count - kv_heads], rotated[:, count - kv_heads :], values
+    keys.view(-1, kv_heads, head_dim)[where] = rotated[:, count - kv_heads :]
+    values.view(-1, kv_heads, head_dim)[where] = normed[:, -kv_heads:].to(heads.dtype)  # the last K are v or the raw k
+    return rotated[:, : count - kv_heads]
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -53,38 +65,72 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos[:, None], swapped, sin[:, None])
 
 
-def attention_commit(queries: Tensor, keys: Tensor, values: Tensor, window: int | None) -> Tensor:
-    """Causal attention, scale 1. queries [T, H, D]; keys, values [K, P + T, D], the last T the queries' own.
+def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView) -> Tensor:
+    """Every row attends to the positions that `view` gives it, scale 1. Returns [R, H * D].
 
-    With a window a query sees itself and the window - 1 positions before it. Returns [T, H * D].
+    queries [R, H, D]; keys, values [pages, PAGE, K, D]; H / K query heads share a key head.
     """
-    count, total = queries.shape[0], keys.shape[1]
-    distance = torch.arange(total - count, total, device=keys.device)[:, None] - torch.arange(total, device=keys.device)
-    mask = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-    out = F.scaled_dot_product_attention(
-        queries.transpose(0, 1)[None], keys[None], values[None], attn_mask=mask, scale=1.0, enable_gqa=True
-    )
-    return out[0].transpose(0, 1).reshape(count, -1)
+    out = torch.empty_like(queries)
+    for segment, table in zip(view.segments, view.table, strict=True):
+        rows = slice(segment.first, segment.first + segment.count)
+        low, high = int(view.low[rows][0]), int(view.high[rows][-1])
+        pages = table[low // PAGE : -(-high // PAGE)].long()
+        begin = low % PAGE
+        seen_keys, seen_values = (
+            stored[pages].flatten(0, 1)[begin : begin + high - low].transpose(0, 1) for stored in (keys, values)
+        )  # [K, positions, D]
+        if segment.uniform:
+            # without a mask the heads that share a key can be rows of one attention: no copies of keys and values
+            grouped = queries[rows].transpose(0, 1).reshape(1, keys.shape[2], -1, keys.shape[3])
+            seen = F.scaled_dot_product_attention(grouped, seen_keys[None], seen_values[None], scale=1.0)
+            seen = seen.view(queries.shape[1], segment.count, -1)
+        else:
+            position = torch.arange(low, high, device=queries.device)
+            mask = (position >= view.low[rows, None]) & (position < view.high[rows, None])
+            seen = F.scaled_dot_product_attention(
+                queries[rows].transpose(0, 1)[None],
+                seen_keys[None],
+                seen_values[None],
+                attn_mask=mask,
+                scale=1.0,
+                enable_gqa=True,
+            )[0]
+        out[rows] = seen.transpose(0, 1)
+    return out.flatten(1)
 
 
-def attention_denoise(
-    queries: Tensor, keys: Tensor, values: Tensor, prefixes: Sequence[tuple[Tensor, Tensor]]
-) -> Tensor:
-    """Every canvas position sees its whole canvas and its slot's whole prefix, scale 1.
+def join_attention(
+    x: Tensor, projected: Tensor, post_weight: Tensor, mlp_weight: Tensor, experts_weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """h = x + norm(projected) * post_weight, and norm(h) times each of the next two weights.
 
-    queries [S, C, H, D]; keys, values [S, C, K, D]; prefixes: per slot keys and values [K, P, D], P differing.
-    Returns [S, C, H * D].
+    x, projected [R, M]; weights float32 [M]. Returns h, the dense MLP's input and the experts' input, all [R, M].
     """
-    slots, length, heads, head_dim = queries.shape
-    kv_heads = keys.shape[2]
-    # without a mask the heads that share a key can be rows of one attention: no copies of keys and values
-    grouped = queries.transpose(1, 2).reshape(slots, 1, kv_heads, -1, head_dim)  # [S, 1, K, H/K * C, D]
-    out = []
-    for slot, (prefix_keys, prefix_values) in enumerate(prefixes):
-        seen_keys = torch.cat((prefix_keys, keys[slot].transpose(0, 1)), dim=1)[None]  # [1, K, P + C, D]
-        seen_values = torch.cat((prefix_values, values[slot].transpose(0, 1)), dim=1)[None]
-        out.append(F.scaled_dot_product_attention(grouped[slot], seen_keys, seen_values, scale=1.0))
-    return torch.cat(out).reshape(slots, heads, length, head_dim).transpose(1, 2).reshape(slots, length, -1)
+    h = x + rms_norm(projected, post_weight, eps)
+    return h, rms_norm(h, mlp_weight, eps), rms_norm(h, experts_weight, eps)
+
+
+def join_layer(
+    h: Tensor,
+    dense: Tensor,
+    routed: Tensor,
+    mlp_weight: Tensor,
+    experts_weight: Tensor,
+    post_weight: Tensor,
+    scalars: Tensor,
+    modes: Tensor,
+    next_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The layer's output x = (h + norm(norm(dense) + norm(routed))) * scalar, and what the next layer reads, norm(x).
+
+    h, dense, routed [R, M]; weights float32 [M], of the norms of dense, of routed, of their sum and of x;
+    a row's scalar is scalars[mode], float32 [2] and int64 [R]. Returns both [R, M].
+    """
+    y = rms_norm(dense, mlp_weight, eps) + rms_norm(routed, experts_weight, eps)
+    # rounded first, as transformers multiplies by a scalar of the weights' dtype
+    x = (h + rms_norm(y, post_weight, eps)) * scalars.to(h.dtype)[modes, None]
+    return x, rms_norm(x, next_weight, eps)
 
 
 def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -127,20 +173,6 @@ def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: T
     return (unsorted * weights[..., None]).sum(dim=1).to(x.dtype)
 
 
-def logits(x: Tensor, embedding: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(x @ embedding^T / softcap), float32. x [R, M], embedding [V, M]; returns [R, V]."""
-    return F.linear(x, embedding).float().div_(softcap).tanh_().mul_(softcap)
-
-
-def soft_embedding(scaled_logits: Tensor, embedding: Tensor, scale: float) -> Tensor:
-    """softmax(logits) @ embedding * scale. scaled_logits float32 [..., V]; embedding [V, M]; returns [..., M].
-
-    The logits are rounded to the embedding's dtype first, as transformers does; the softmax is float32.
-    """
-    probabilities = scaled_logits.to(embedding.dtype).softmax(dim=-1, dtype=torch.float32)
-    return probabilities.to(embedding.dtype) @ embedding * scale
-
-
 def _gate(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh") * up
@@ -161,25 +193,29 @@ class Ops:
 
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
     linear: Callable[[Tensor, Tensor], Tensor]
-    qkv_norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor, Tensor]]
-    attention_commit: Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
-    attention_denoise: Callable[[Tensor, Tensor, Tensor, Sequence[tuple[Tensor, Tensor]]], Tensor]
+    qkv_norm_rope_write: Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor, Tensor, Tensor], Tensor]
+    attention: Callable[[Tensor, Tensor, Tensor, AttentionView], Tensor]
+    join_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+    join_layer: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]
+    ]
     gated_mlp: Callable[[Tensor, Tensor, Tensor], Tensor]
     route: Callable[[Tensor, Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor]]
     experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-    logits: Callable[[Tensor, Tensor, float], Tensor]
+    read_logits: Callable[[Tensor, float, Draw], Reading]
     soft_embedding: Callable[[Tensor, Tensor, float], Tensor]
 
 
 REFERENCE = Ops(
     rms_norm=rms_norm,
     linear=linear,
-    qkv_norm_rope=qkv_norm_rope,
-    attention_commit=attention_commit,
-    attention_denoise=attention_denoise,
+    qkv_norm_rope_write=qkv_norm_rope_write,
+    attention=attention,
+    join_attention=join_attention,
+    join_layer=join_layer,
     gated_mlp=gated_mlp,
     route=route,
     experts=experts,
-    logits=logits,
+    read_logits=read_logits,
     soft_embedding=soft_embedding,
 )

@@ -1,9 +1,9 @@
-"""One layer of the stack, and RoPE's tables.
+"""One layer of the stack, and RoPE.
 
-A layer is the same in both modes; what differs (mask, cache, scalar) is done between `project` and `finish` or
-passed in. Knows rows, not slots: x is [R, M] throughout.
+A layer is the same in both modes, and rows of both go through it together; what differs (what a row sees, its scalar)
+is in the view and the modes passed in. Knows rows, not slots: x is [R, M] throughout.
 
-Invariant: no state changes after construction; RoPE's tables only grow.
+Invariant: no state changes after construction, except the keys and values that `attend` and `write` store.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.config import LayerConfig, ModelConfig
 from engine.kernels.reference import Ops
+from engine.kernels.views import AttentionView
 
 
 class Layer:
@@ -23,9 +24,7 @@ class Layer:
     def __init__(self, config: ModelConfig, layer: LayerConfig, weights: Mapping[str, Tensor], ops: Ops) -> None:
         """`weights`: the tensors under layers.N. of `checkpoint.tensor_table`, without that prefix."""
         self.config = layer
-        self.window = config.sliding_window if layer.kind == "sliding" else None
-        self.commit_scalar = float(weights["commit_scalar"])
-        self.denoise_scalar = float(weights["denoise_scalar"])
+        self.scalars = torch.cat((weights["commit_scalar"], weights["denoise_scalar"])).float()  # by a row's mode
         self._eps = config.rms_norm_eps
         self._top_k = config.top_k_experts
         self._ops = ops
@@ -34,7 +33,7 @@ class Layer:
         self._router = weights["router"]
         self._expert_gate_up, self._expert_down = weights["expert_gate_up"], weights["expert_down"]
         # small and always used in float32: converted once
-        self._input_norm = weights["input_norm"].float()
+        self.input_norm = weights["input_norm"].float()
         self._post_attention_norm = weights["post_attention_norm"].float()
         self._pre_mlp_norm = weights["pre_mlp_norm"].float()
         self._post_mlp_norm = weights["post_mlp_norm"].float()
@@ -50,28 +49,57 @@ class Layer:
             )
         )
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [R, H, D], k [R, K, D], v [R, K, D] of the rows x [R, M], normed and rotated by cos, sin [R, D]."""
-        ops, layer = self._ops, self.config
-        heads = ops.linear(ops.rms_norm(x, self._input_norm, self._eps), self._qkv).view(x.shape[0], -1, layer.head_dim)
-        return ops.qkv_norm_rope(heads, self._qk_norm, cos, sin, layer.kv_heads, self._eps)
+    def attend(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], view: AttentionView
+    ) -> Tensor:
+        """Write the rows' keys and values and attend: x [R, M], already normed, to [R, H * D].
 
-    def finish(self, x: Tensor, attended: Tensor, scalar: float) -> Tensor:
-        """The layer's output [R, M] from its input x [R, M] and the attention's result [R, H * D]."""
+        `rope`: cos, sin [R, D]; `cached`: the layer's keys and values [pages, PAGE, K, D].
+        """
+        queries = self._write(x, rope, cached, view)
+        return self._ops.attention(queries, *cached, view)
+
+    def write(self, x: Tensor, rope: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], view: AttentionView) -> None:
+        """Only write the rows' keys and values."""
+        self._write(x, rope, cached, view)
+
+    def _write(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], view: AttentionView
+    ) -> Tensor:
+        heads = self._ops.linear(x, self._qkv).view(x.shape[0], -1, self.config.head_dim)
+        return self._ops.qkv_norm_rope_write(heads, self._qk_norm, *rope, self._eps, *cached, view.where)
+
+    def finish(self, x: Tensor, attended: Tensor, modes: Tensor, next_weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer's output [R, M] and its norm times `next_weight`, from its input x and the attention's result."""
         ops, eps = self._ops, self._eps
-        h = x + ops.rms_norm(ops.linear(attended, self._out), self._post_attention_norm, eps)
-        dense = ops.gated_mlp(ops.rms_norm(h, self._pre_mlp_norm, eps), self._gate_up, self._down)
+        h, mlp_input, experts_input = ops.join_attention(
+            x,
+            ops.linear(attended, self._out),
+            self._post_attention_norm,
+            self._pre_mlp_norm,
+            self._pre_experts_norm,
+            eps,
+        )
+        dense = ops.gated_mlp(mlp_input, self._gate_up, self._down)
         # the router reads the raw residual, not what the experts read
         weights, chosen = ops.route(h, self._router_norm, self._router, self._expert_scale, self._top_k, eps)
-        routed = ops.experts(
-            ops.rms_norm(h, self._pre_experts_norm, eps), weights, chosen, self._expert_gate_up, self._expert_down
+        routed = ops.experts(experts_input, weights, chosen, self._expert_gate_up, self._expert_down)
+        return ops.join_layer(
+            h,
+            dense,
+            routed,
+            self._post_mlp_norm,
+            self._post_experts_norm,
+            self._post_ffn_norm,
+            self.scalars,
+            modes,
+            next_weight,
+            eps,
         )
-        y = ops.rms_norm(dense, self._post_mlp_norm, eps) + ops.rms_norm(routed, self._post_experts_norm, eps)
-        return (h + ops.rms_norm(y, self._post_ffn_norm, eps)) * scalar
 
 
-class RopeTable:
-    """cos and sin of every position so far needed, for one head size and base. Grows by doubling."""
+class Rope:
+    """RoPE of one head size and base: cos and sin of any positions."""
 
     def __init__(self, head_dim: int, theta: float, partial: float, device: torch.device, dtype: torch.dtype) -> None:
         rotated = int(partial * head_dim // 2)
@@ -79,18 +107,9 @@ class RopeTable:
         self._frequencies = torch.zeros(head_dim // 2, device=device)  # 0 = not rotated
         self._frequencies[:rotated] = 1.0 / (theta**exponents)
         self._dtype = dtype
-        self._cos = self._sin = torch.empty(0, head_dim, dtype=dtype, device=device)
 
-    def rows(self, start: int, count: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [count, D] of the positions from `start`; the first half of sin is negated (see `rope`)."""
-        end = start + count
-        if end > self._cos.shape[0]:
-            self._grow(max(end, 2 * self._cos.shape[0], 1024))
-        return self._cos[start:end], self._sin[start:end]
-
-    def _grow(self, size: int) -> None:
-        positions = torch.arange(size, dtype=torch.float32, device=self._frequencies.device)
-        angles = positions[:, None] * self._frequencies  # [size, D / 2], float32 as in transformers
+    def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [R, D] of positions int64 [R]; the first half of sin is negated (see `rope`)."""
+        angles = positions[:, None].float() * self._frequencies  # [R, D / 2], float32 as in transformers
         cos, sin = angles.cos(), angles.sin()
-        self._cos = torch.cat((cos, cos), dim=-1).to(self._dtype)
-        self._sin = torch.cat((-sin, sin), dim=-1).to(self._dtype)
+        return torch.cat((cos, cos), dim=-1).to(self._dtype), torch.cat((-sin, sin), dim=-1).to(self._dtype)

@@ -17,6 +17,7 @@ from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from engine.checkpoint import load_checkpoint
 from engine.kernels.reference import REFERENCE
+from engine.kv_cache import KVCache, KVPool
 from engine.model.gemma4 import DiffusionGemma
 
 CPU = torch.device("cpu")
@@ -121,10 +122,26 @@ def write_checkpoint(folder: Path, seed: int = 0) -> Path:
     return save(random_model(small_config(), seed), folder)
 
 
-def load_model(folder: Path, device: torch.device = CPU, dtype: torch.dtype = torch.float32) -> DiffusionGemma:
-    """Our model of a checkpoint folder."""
+def load_model(
+    folder: Path,
+    device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    *,
+    slots: int = 4,
+    capacity: int = 256,
+    chunk: int = 64,
+) -> DiffusionGemma:
+    """Our model of a checkpoint folder, with memory for `slots` of `capacity` positions."""
     checkpoint = load_checkpoint(folder, device, dtype, progress=False)
-    return DiffusionGemma(checkpoint.config, checkpoint.tensors, REFERENCE)
+    pool = KVPool(checkpoint.config, slots, capacity, device, dtype, chunk=chunk)
+    return DiffusionGemma(checkpoint.config, checkpoint.tensors, REFERENCE, pool)
+
+
+def fresh_slots(model: DiffusionGemma, count: int) -> list[KVCache]:
+    """So many of the model's slots, all of them emptied first."""
+    for cache in model.pool.slots:
+        cache.reset()
+    return list(model.pool.slots[:count])
 
 
 def random_ids(count: int, vocab_size: int, seed: int, device: torch.device = CPU) -> Tensor:

@@ -25,8 +25,9 @@ from engine.interface import (
     Sampling,
     Usage,
 )
+from engine.kernels.reference_output import Draw, Reading, read_logits
 
-C, V, M = 4, 40, 3
+C, V = 4, 40
 EOS = 1
 CPU = torch.device("cpu")
 
@@ -57,13 +58,31 @@ class ScriptedModel:
         self.commits.append(ids.tolist())
         cache.ids.extend(ids.tolist())
 
-    def denoise(self, canvas: Tensor, soft: Tensor | None, caches: Sequence[ListCache]) -> Tensor:
+    def run(
+        self,
+        commits: Sequence[tuple[Tensor, ListCache]],
+        canvas: Tensor | None,
+        probabilities: Tensor | None,
+        caches: Sequence[ListCache],
+    ) -> Tensor | None:
+        """Like the real one: a pass that fails leaves the caches as they were."""
+        before = [(cache, list(cache.ids)) for _, cache in commits]
+        try:
+            for ids, cache in commits:
+                self.commit(ids, cache)
+            return None if canvas is None else self.denoise(canvas, caches)
+        except Exception:
+            for cache, ids in before:
+                cache.ids = ids
+            raise
+
+    def read(self, logits: Tensor, draw: Draw) -> Reading:
+        return read_logits(logits, 1000.0, draw)
+
+    def denoise(self, canvas: Tensor, caches: Sequence[ListCache]) -> Tensor:
         self.passes += 1
         assert canvas.shape == (len(caches), C)
         return torch.stack([self.choose(cache.ids, ids) for cache, ids in zip(caches, canvas, strict=True)])
-
-    def soft_embedding(self, logits: Tensor) -> Tensor:
-        return logits[..., :M]
 
     @staticmethod
     def text(committed: list[int], canvas: Tensor) -> Tensor:

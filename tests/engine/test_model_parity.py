@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
 
-from engine.kv_cache import KVCache
 from engine.model.gemma4 import DiffusionGemma
-from tests.engine.small_models import CPU, load_model, random_ids, random_model, save, small_config
+from engine.pages import PAGE
+from tests.engine.small_models import fresh_slots, load_model, random_ids, random_model, save, small_config
 
 WINDOW = 12  # of small_config
 TEMPERATURE = 0.7
@@ -60,13 +60,26 @@ class Pair:
         return max(((a - b).norm() / b.norm()).item() for a, b in zip(self.ours, self.theirs, strict=True))
 
 
-def run_both(model: DiffusionGemma, oracle: Oracle, prefix: int, *, canvases: int = 3, chunk: int = 7) -> Pair:
+def capped(model: DiffusionGemma, logits: Tensor) -> Tensor:
+    """The softcap, which `run` leaves to `read`: float32, as transformers returns logits."""
+    softcap = model.config.final_softcap
+    return (logits.float() / softcap).tanh() * softcap
+
+
+def probabilities(model: DiffusionGemma, logits: Tensor | None) -> Tensor | None:
+    """Self-conditioning [1, C, V] from processed logits [C, V], rounded where transformers rounds."""
+    if logits is None:
+        return None
+    return logits.to(model.dtype).softmax(-1, dtype=torch.float32).to(model.dtype)[None]
+
+
+def run_both(model: DiffusionGemma, oracle: Oracle, prefix: int, *, canvases: int = 3) -> Pair:
     """Commit a prefix, then denoise `canvases` in two steps each (self-conditioned in the second), committing each.
 
     Both sides get the same ids and, as self-conditioning, the oracle's logits.
     """
     config, device = model.config, model.device
-    cache = KVCache(config, 256, device, model.dtype, chunk=chunk)
+    (cache,) = fresh_slots(model, 1)
     ids = random_ids(prefix, config.vocab_size, 1, device)
     oracle.commit(ids)
     model.commit(ids, cache)
@@ -75,9 +88,8 @@ def run_both(model: DiffusionGemma, oracle: Oracle, prefix: int, *, canvases: in
         previous = None
         for step in range(2):
             canvas = random_ids(config.canvas_length, config.vocab_size, 10 * index + step + 2, device)
-            soft = None if previous is None else model.soft_embedding(previous[None])
             pair.theirs.append(oracle.denoise(canvas, previous))
-            pair.ours.append(model.denoise(canvas[None], soft, [cache])[0])
+            pair.ours.append(capped(model, model.denoise(canvas[None], probabilities(model, previous), [cache])[0]))
             previous = pair.theirs[-1] / TEMPERATURE
         oracle.commit(canvas)
         model.commit(canvas, cache)
@@ -95,7 +107,9 @@ def model(small_checkpoint: Path) -> DiffusionGemma:
     return load_model(small_checkpoint)
 
 
-@pytest.mark.parametrize("prefix", [1, 5, WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW + 5])
+@pytest.mark.parametrize(
+    "prefix", [1, 5, WINDOW - 2, WINDOW - 1, WINDOW, WINDOW + 1, 3 * WINDOW + 5, PAGE - 1, PAGE, PAGE + 1, 3 * PAGE + 7]
+)
 def test_logits_equal_transformers(small_checkpoint: Path, device: torch.device, prefix: int) -> None:
     oracle = Oracle(DiffusionGemmaForBlockDiffusion.from_pretrained(small_checkpoint).eval().to(device))
     pair = run_both(load_model(small_checkpoint, device), oracle, prefix)
@@ -108,7 +122,7 @@ def test_the_comparison_sees_swapped_layer_scalars(
 ) -> None:
     broken = load_model(small_checkpoint)
     layer = broken._layers[0]
-    layer.commit_scalar, layer.denoise_scalar = layer.denoise_scalar, layer.commit_scalar
+    layer.scalars = layer.scalars.flip(0)
     assert run_both(broken, Oracle(theirs), 20).worst > 1e-2
 
 
@@ -160,23 +174,24 @@ def configs(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
-@given(keys=configs(), prefix=st.integers(1, 45), chunk=st.integers(1, 30), seed=st.integers(0, 99))
+@given(keys=configs(), prefix=st.integers(1, 140), chunk=st.integers(1, 30), seed=st.integers(0, 99))
 def test_logits_equal_transformers_for_any_config(keys: dict[str, Any], prefix: int, chunk: int, seed: int) -> None:
     theirs = random_model(small_config(**keys), seed)
     with tempfile.TemporaryDirectory() as folder:
-        model = load_model(save(theirs, Path(folder)))
-    assert run_both(model, Oracle(theirs), prefix, canvases=2, chunk=chunk).worst <= 1e-4
+        model = load_model(save(theirs, Path(folder)), chunk=chunk)
+    assert run_both(model, Oracle(theirs), prefix, canvases=2).worst <= 1e-4
 
 
-@pytest.mark.parametrize("splits", [[45], [1] * 45, [3, 12, 30], [44, 1]])
-def test_commit_in_chunks_equals_commit_at_once(model: DiffusionGemma, splits: list[int]) -> None:
-    ids = random_ids(45, model.config.vocab_size, 3)
+@pytest.mark.parametrize("splits", [[145], [1] * 145, [3, 102, 40], [144, 1], [64, 64, 17]])
+def test_commit_in_chunks_equals_commit_at_once(small_checkpoint: Path, splits: list[int]) -> None:
+    model = load_model(small_checkpoint, chunk=150)
+    ids = random_ids(145, model.config.vocab_size, 3)
     canvas = random_ids(model.config.canvas_length, model.config.vocab_size, 4)[None]
-    whole, parts = (KVCache(model.config, 64, CPU, torch.float32, chunk=chunk) for chunk in (64, 9))
+    whole, parts = fresh_slots(model, 2)
     model.commit(ids, whole)
     for part in ids.split(splits):
         model.commit(part, parts)
-    assert parts.length == whole.length == 45
+    assert parts.length == whole.length == 145
     expected = model.denoise(canvas, None, [whole])
     torch.testing.assert_close(model.denoise(canvas, None, [parts]), expected, atol=1e-5, rtol=1e-5)
 
@@ -184,7 +199,7 @@ def test_commit_in_chunks_equals_commit_at_once(model: DiffusionGemma, splits: l
 def test_committing_a_canvas_then_going_on_equals_prefilling_the_joined_text(model: DiffusionGemma) -> None:
     ids = random_ids(50, model.config.vocab_size, 5)
     length = model.config.canvas_length
-    stepwise, joined = (KVCache(model.config, 64, CPU, torch.float32, chunk=16) for _ in range(2))
+    stepwise, joined = fresh_slots(model, 2)
     model.commit(ids[:20], stepwise)
     for start in (20, 20 + length):
         final = ids[start : start + length]
@@ -196,28 +211,63 @@ def test_committing_a_canvas_then_going_on_equals_prefilling_the_joined_text(mod
     torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
-def test_denoise_leaves_the_cache_as_it_was(model: DiffusionGemma) -> None:
-    cache = KVCache(model.config, 32, CPU, torch.float32)
-    layers = range(len(model.config.layers))
+@pytest.mark.parametrize("prefix", [0, 5, PAGE - 3, PAGE, 2 * PAGE + 1])
+def test_commit_and_first_denoise_share_a_pass(small_checkpoint: Path, device: torch.device, prefix: int) -> None:
+    """A finished canvas of one slot, a chunk of a prompt of another and four canvases: all at once, or one by one."""
+    model = load_model(small_checkpoint, device)
+    vocab, length = model.config.vocab_size, model.config.canvas_length
+    canvas = torch.stack([random_ids(length, vocab, 30 + slot, device) for slot in range(4)])
+    soft = torch.randn(4, length, vocab, generator=torch.Generator().manual_seed(0)).softmax(-1).to(device)
+    chunks = [random_ids(count, vocab, 40 + count, device) for count in (length, 37)]
+    slots = fresh_slots(model, 4)
+    for seed, cache in enumerate(slots):
+        model.commit(random_ids(prefix + seed, vocab, seed, device), cache)
+    together = model.run(list(zip(chunks, slots, strict=False)), canvas, soft, slots)
+    assert together is not None
+    slots = fresh_slots(model, 4)
+    for seed, cache in enumerate(slots):
+        model.commit(random_ids(prefix + seed, vocab, seed, device), cache)
+    for chunk, cache in zip(chunks, slots, strict=False):
+        model.commit(chunk, cache)
+    for slot, cache in enumerate(slots):
+        alone = model.denoise(canvas[slot : slot + 1], soft[slot : slot + 1], [cache])
+        torch.testing.assert_close(together[slot], alone[0], atol=2e-5, rtol=1e-5)
+
+
+def test_denoise_leaves_what_is_committed_as_it_was(model: DiffusionGemma) -> None:
+    (cache,) = fresh_slots(model, 1)
     model.commit(random_ids(20, model.config.vocab_size, 7), cache)
-    before = [tensor.clone() for layer in layers for tensor in cache.prefix(layer)]
-    model.denoise(random_ids(model.config.canvas_length, model.config.vocab_size, 8)[None], None, [cache])
-    after = [tensor for layer in layers for tensor in cache.prefix(layer)]
+    canvas = random_ids(model.config.canvas_length, model.config.vocab_size, 8)[None]
+    other = random_ids(model.config.canvas_length, model.config.vocab_size, 9)[None]
+    before = model.denoise(canvas, None, [cache])
+    model.denoise(other, None, [cache])
     assert cache.length == 20
-    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    assert torch.equal(model.denoise(canvas, None, [cache]), before)
+
+
+def test_a_slot_used_again_holds_nothing_of_before(model: DiffusionGemma) -> None:
+    canvas = random_ids(model.config.canvas_length, model.config.vocab_size, 8)[None]
+    ids = random_ids(30, model.config.vocab_size, 7)
+    (cache,) = fresh_slots(model, 1)
+    model.commit(ids, cache)
+    expected = model.denoise(canvas, None, [cache])
+    for cache in fresh_slots(model, 4):
+        model.commit(random_ids(200, model.config.vocab_size, 9), cache)
+    (cache,) = fresh_slots(model, 1)
+    model.commit(ids, cache)
+    assert torch.equal(model.denoise(canvas, None, [cache]), expected)
 
 
 def test_a_slot_does_not_depend_on_its_neighbours(small_checkpoint: Path, device: torch.device) -> None:
     """To 1e-5, not to the bit: matmuls of more rows may sum in another order."""
     model = load_model(small_checkpoint, device)
     config, length = model.config, model.config.canvas_length
-    caches, canvases = [], []
-    for slot, prefix in enumerate((5, 30, 0, 12)):
-        caches.append(KVCache(config, 64, device, torch.float32))
-        model.commit(random_ids(prefix, config.vocab_size, slot, device), caches[-1])
+    caches, canvases = fresh_slots(model, 4), []
+    for slot, (prefix, cache) in enumerate(zip((5, 130, 0, 12), caches, strict=True)):
+        model.commit(random_ids(prefix, config.vocab_size, slot, device), cache)
         canvases.append(random_ids(length, config.vocab_size, 20 + slot, device))
     canvas = torch.stack(canvases)
-    soft = model.soft_embedding(model.denoise(canvas, None, caches) / TEMPERATURE)
+    soft = (capped(model, model.denoise(canvas, None, caches)) / TEMPERATURE).softmax(-1)
     together = model.denoise(canvas, soft, caches)
     for slot, cache in enumerate(caches):
         alone = model.denoise(canvas[slot : slot + 1], soft[slot : slot + 1], [cache])
@@ -225,23 +275,17 @@ def test_a_slot_does_not_depend_on_its_neighbours(small_checkpoint: Path, device
 
 
 def test_zero_self_conditioning_is_the_first_step(model: DiffusionGemma) -> None:
-    cache = KVCache(model.config, 32, CPU, torch.float32)
+    (cache,) = fresh_slots(model, 1)
     model.commit(random_ids(9, model.config.vocab_size, 9), cache)
     canvas = random_ids(model.config.canvas_length, model.config.vocab_size, 10)[None]
-    zeros = torch.zeros(1, model.config.canvas_length, model.config.hidden_size)
+    zeros = torch.zeros(1, model.config.canvas_length, model.config.vocab_size)
     torch.testing.assert_close(model.denoise(canvas, zeros, [cache]), model.denoise(canvas, None, [cache]))
 
 
-def test_commit_beyond_the_capacity_is_refused_before_anything_is_written(model: DiffusionGemma) -> None:
-    cache = KVCache(model.config, 16, CPU, torch.float32, chunk=4)
+def test_commit_beyond_the_capacity_is_refused_before_anything_is_written(small_checkpoint: Path) -> None:
+    model = load_model(small_checkpoint, capacity=16, chunk=4)
+    cache = model.pool.slots[0]
     model.commit(random_ids(10, model.config.vocab_size, 11), cache)
     with pytest.raises(ValueError, match="capacity of 16"):
         model.commit(random_ids(7, model.config.vocab_size, 12), cache)
     assert cache.length == 10
-
-
-def test_the_model_counts_its_weights(model: DiffusionGemma, theirs: DiffusionGemmaForBlockDiffusion) -> None:
-    decoder = sum(weight.numel() for weight in theirs.model.decoder.parameters())
-    scalars = 2 * len(model.config.layers)  # buffers there
-    assert model.parameters == decoder + scalars
-    assert model.weight_bytes == 4 * model.parameters

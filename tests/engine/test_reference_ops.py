@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels import reference as ops
-from engine.model.layers import RopeTable
+from engine.kernels.views import AttentionView, Segment
+from engine.model.layers import Rope
+from engine.pages import PAGE
 
 CPU = torch.device("cpu")
 EPS = 1e-6
@@ -32,7 +34,7 @@ def test_rms_norm(dtype: torch.dtype) -> None:
 def test_rope_rotates_pairs_by_their_position_times_frequency(theta: float, partial: float) -> None:
     dim, half = 16, 8
     x = randn(3, 2, dim)
-    cos, sin = RopeTable(dim, theta, partial, CPU, torch.float32).rows(40, 3)
+    cos, sin = Rope(dim, theta, partial, CPU, torch.float32).rows(torch.arange(40, 43))
     out = ops.rope(x, cos, sin)
     for row in range(3):
         for pair in range(half):
@@ -43,26 +45,24 @@ def test_rope_rotates_pairs_by_their_position_times_frequency(theta: float, part
             torch.testing.assert_close(out[row, :, pair + half], rotated[1], atol=1e-4, rtol=1e-4)
 
 
-def test_rope_table_grows_without_changing() -> None:
-    table = RopeTable(8, 1e4, 1.0, CPU, torch.float32)
-    early = [tensor.clone() for tensor in table.rows(3, 5)]
-    table.rows(5000, 100)
-    assert all(torch.equal(a, b) for a, b in zip(table.rows(3, 5), early, strict=True))
-
-
 @pytest.mark.parametrize("separate_values", [True, False])
-def test_qkv_norm_rope(separate_values: bool) -> None:
+def test_qkv_norm_rope_write(separate_values: bool) -> None:
     heads, kv, dim, rows = 4, 2, 8, 3
     projected = randn(rows, heads + (2 if separate_values else 1) * kv, dim)
     q_weight, k_weight = randn(dim, seed=1), randn(dim, seed=2)
-    cos, sin = RopeTable(dim, 1e4, 1.0, CPU, torch.float32).rows(7, rows)
+    cos, sin = Rope(dim, 1e4, 1.0, CPU, torch.float32).rows(torch.arange(7, 7 + rows))
     weight = torch.cat((q_weight.expand(heads, -1), k_weight.expand(kv, -1)))
-    queries, keys, values = ops.qkv_norm_rope(projected, weight, cos, sin, kv, EPS)
+    keys, values = (torch.full((2, PAGE, kv, dim), 99.0) for _ in range(2))
+    where = torch.tensor([PAGE + 5, 3, 4])
+    queries = ops.qkv_norm_rope_write(projected, weight, cos, sin, EPS, keys, values, where)
     raw_keys = projected[:, heads : heads + kv]
     raw_values = projected[:, heads + kv :] if separate_values else raw_keys
     torch.testing.assert_close(queries, ops.rope(ops.rms_norm(projected[:, :heads], q_weight, EPS), cos, sin))
-    torch.testing.assert_close(keys, ops.rope(ops.rms_norm(raw_keys, k_weight, EPS), cos, sin))
-    torch.testing.assert_close(values, ops.rms_norm(raw_values, None, EPS))
+    stored_keys, stored_values = keys.view(-1, kv, dim), values.view(-1, kv, dim)
+    torch.testing.assert_close(stored_keys[where], ops.rope(ops.rms_norm(raw_keys, k_weight, EPS), cos, sin))
+    torch.testing.assert_close(stored_values[where], ops.rms_norm(raw_values, None, EPS))
+    others = torch.ones(2 * PAGE, dtype=torch.bool).index_fill(0, where, False)
+    assert (stored_keys[others] == 99).all() and (stored_values[others] == 99).all()
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -70,35 +70,51 @@ def attend(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     return (keys @ query).softmax(0) @ values
 
 
-@pytest.mark.parametrize(("window", "prefix"), [(None, 5), (None, 0), (4, 3), (4, 0), (2, 1)])
-def test_attention_commit(window: int | None, prefix: int) -> None:
-    count, heads, kv, dim = 6, 4, 2, 8
-    queries = randn(count, heads, dim)
-    keys, values = randn(kv, prefix + count, dim, seed=1), randn(kv, prefix + count, dim, seed=2)
-    out = ops.attention_commit(queries, keys, values, window).view(count, heads, dim)
-    for row in range(count):
-        end = prefix + row + 1
-        start = 0 if window is None else max(0, end - window)
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 5), (0, PAGE), (3, PAGE + 1), (PAGE - 1, 2 * PAGE + 9), (PAGE, PAGE + 1)]
+)
+def test_attention(low: int, high: int, uniform: bool) -> None:
+    """Two segments in pages that are out of order; in the first every row sees one position more than the last."""
+    count, heads, kv, dim, pages = 4, 6, 2, 8, 8
+    queries = randn(2 * count, heads, dim)
+    keys, values = randn(pages, PAGE, kv, dim, seed=1), randn(pages, PAGE, kv, dim, seed=2)
+    table = torch.tensor([[5, 2, 7, 0], [1, 6, 3, 4]], dtype=torch.int32)
+    step = torch.zeros(count, dtype=torch.int32) if uniform else torch.arange(count, dtype=torch.int32)
+    lows = torch.cat((low + step, torch.zeros(count, dtype=torch.int32)))
+    highs = torch.cat((high + step, torch.full((count,), 70, dtype=torch.int32)))
+    view = AttentionView(
+        segments=(Segment(0, count, uniform), Segment(count, count, True)),
+        low=lows,
+        high=highs,
+        table=table,
+        where=torch.zeros(2 * count, dtype=torch.int64),
+    )
+    out = ops.attention(queries, keys, values, view).view(2 * count, heads, dim)
+    for row in range(2 * count):
+        spread_keys, spread_values = (
+            stored[table[row // count].long()].flatten(0, 1)[int(lows[row]) : int(highs[row])]
+            for stored in (keys, values)
+        )
         for head in range(heads):
             group = head // (heads // kv)
-            expected = attend(queries[row, head], keys[group, start:end], values[group, start:end])
+            expected = attend(queries[row, head], spread_keys[:, group], spread_values[:, group])
             torch.testing.assert_close(out[row, head], expected)
 
 
-def test_attention_denoise() -> None:
-    length, heads, kv, dim = 5, 6, 2, 8
-    queries = randn(2, length, heads, dim)
-    keys, values = randn(2, length, kv, dim, seed=1), randn(2, length, kv, dim, seed=2)
-    prefixes = [(randn(kv, size, dim, seed=3), randn(kv, size, dim, seed=4)) for size in (0, 7)]
-    out = ops.attention_denoise(queries, keys, values, prefixes).view(2, length, heads, dim)
-    for slot, (prefix_keys, prefix_values) in enumerate(prefixes):
-        for head in range(heads):
-            group = head // (heads // kv)
-            seen_keys = torch.cat((prefix_keys[group], keys[slot, :, group]))
-            seen_values = torch.cat((prefix_values[group], values[slot, :, group]))
-            for row in range(length):
-                expected = attend(queries[slot, row, head], seen_keys, seen_values)
-                torch.testing.assert_close(out[slot, row, head], expected)
+def test_joins_are_norms_and_sums() -> None:
+    x, projected, dense, routed = (randn(5, 16, seed=seed) for seed in range(4))
+    w = [randn(16, seed=10 + number) for number in range(4)]
+    h, mlp_input, experts_input = ops.join_attention(x, projected, w[0], w[1], w[2], EPS)
+    torch.testing.assert_close(h, x + ops.rms_norm(projected, w[0], EPS))
+    torch.testing.assert_close(mlp_input, ops.rms_norm(h, w[1], EPS))
+    torch.testing.assert_close(experts_input, ops.rms_norm(h, w[2], EPS))
+    modes, scalars = torch.tensor([0, 0, 1, 0, 1]), torch.tensor([0.5, 3.0])
+    out, normed = ops.join_layer(h, dense, routed, w[0], w[1], w[2], scalars, modes, w[3], EPS)
+    y = ops.rms_norm(dense, w[0], EPS) + ops.rms_norm(routed, w[1], EPS)
+    expected = (h + ops.rms_norm(y, w[2], EPS)) * torch.tensor([0.5, 0.5, 3.0, 0.5, 3.0])[:, None]
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(normed, ops.rms_norm(expected, w[3], EPS))
 
 
 def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
@@ -153,20 +169,3 @@ def test_an_expert_without_rows_is_not_touched() -> None:
     gate_up[1], down[1] = 1.0, 1.0
     out = ops.experts(randn(5, 4), torch.ones(5, 1), torch.ones(5, 1, dtype=torch.int64), gate_up, down)
     assert out.isfinite().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_are_softcapped_in_float32(dtype: torch.dtype) -> None:
-    x, embedding = (20 * randn(3, 8)).to(dtype), randn(11, 8, seed=1).to(dtype)
-    out = ops.logits(x, embedding, 5.0)
-    assert out.abs().max() <= 5.0
-    torch.testing.assert_close(out, 5.0 * ((x @ embedding.T).float() / 5.0).tanh())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_soft_embedding(dtype: torch.dtype) -> None:
-    logits, embedding = randn(2, 3, 11), randn(11, 8, seed=1).to(dtype)
-    out = ops.soft_embedding(logits, embedding, 2.0)
-    assert out.dtype == dtype
-    expected = logits.softmax(-1) @ embedding.float() * 2.0
-    assert (out.float() - expected).norm() / expected.norm() <= (1e-5 if dtype == torch.float32 else 1e-2)
