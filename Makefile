@@ -1,6 +1,7 @@
 # The two commands a newcomer needs: `make serve` and `make test`. Everything lives in .venv; nothing else is touched.
 #   make serve [PORT=8123] [ARGS="--model ..."]   install if need be, start the server with the bundled demo model
 #   make test  [ARGS="-k canvas"]                 the whole test suite
+#   make test-clients                             other people's clients against the server; installs them first
 #   make check                                    ruff, ruff format, mypy --strict, import contracts
 #   make bench [ARGS="--requests 5"]              speed of the bundled demo model on this machine
 
@@ -18,10 +19,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --pro
 FAILED := { grep -v '^WARNING' $(LOG) | tail -n 15 >&2; echo "The installation failed; all of it is in $(LOG)." >&2; exit 1; }
 
 .NOTPARALLEL:
-.PHONY: help serve test check bench clean
+.PHONY: help serve test test-clients check bench clean
 
 help:
-	@sed -n '2,5s/^#   //p' Makefile
+	@sed -n '2,6s/^#   //p' Makefile
 
 serve: $(STAMP)-run
 	@exec $(BIN)/easel serve $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -32,6 +33,11 @@ bench: $(STAMP)-run
 test: $(STAMP)-test
 	$(BIN)/python -m pytest $(ARGS)
 
+# The clients live in an environment of their own: some of them want other versions than the server does.
+test-clients: $(STAMP)-test .venv-clients/.installed .venv-clients/.installed-node
+	SERVER_PYTHON=$(abspath $(BIN)/python) .venv-clients/bin/python -m pytest \
+	  -c tests/clients/pytest.ini --rootdir tests/clients tests/clients $(ARGS)
+
 check: $(STAMP)-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -39,7 +45,7 @@ check: $(STAMP)-dev
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-clients tests/clients/node/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(STAMP)-run: $(INPUTS) | $(BIN)/python
 	@echo "Installing easel into .venv (the first time takes a few minutes) ..."
@@ -49,6 +55,19 @@ $(STAMP)-run: $(INPUTS) | $(BIN)/python
 $(STAMP)-test $(STAMP)-dev: $(STAMP)-%: $(INPUTS) | $(BIN)/python
 	@echo "Installing easel[$*] into .venv (the first time takes a few minutes) ..."
 	@$(PIP) -e '.[$*]' >$(LOG) 2>&1 || $(FAILED)
+	@touch $@
+
+.venv-clients/.installed: tests/clients/requirements.txt | $(BIN)/python
+	@echo "Installing the clients into .venv-clients (the first time takes a few minutes) ..."
+	@$(BIN)/python -m venv .venv-clients
+	@.venv-clients/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off \
+	  -r $< >.venv-clients/install.log 2>&1 || { tail -n 15 .venv-clients/install.log >&2; exit 1; }
+	@touch $@
+
+# Without npm the clients of Node are left out, and the tests say so.
+.venv-clients/.installed-node: tests/clients/node/package.json .venv-clients/.installed
+	@if command -v npm >/dev/null; then \
+	  cd $(<D) && npm install --no-audit --no-fund --no-package-lock --loglevel=error >/dev/null; fi
 	@touch $@
 
 # Any Python from 3.11 on that can make a virtual environment; `make PYTHON=/path/to/python3 serve` names one.

@@ -1,7 +1,8 @@
 """The HTTP side: routes, authentication, limits, error bodies, and what happens when a client leaves.
 
 Knows FastAPI and one wire format per route, not prompts or the engine. Invariants: every answer, whatever went
-wrong, is a JSON body in OpenAI's shape with an `x-request-id`; a client that leaves stops its work within one step.
+wrong, is a JSON body in the shape its clients parse, with an `x-request-id`; a client that leaves stops its work
+within one step.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import hashlib
 import hmac
 import logging
 import uuid
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -24,15 +26,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import errors
 from server.chat import ChatService
-from server.dialects import openai_chat
+from server.dialects import anthropic, completions, openai_chat, responses, tokens
+from server.dialects.response_store import ResponseStore
+from server.dialects.wire import Asked
 from server.errors import ApiError
-from server.exchange import ChatTask
-from server.schema import parse_chat_request
 from server.sse import ChunkStream
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_ANTHROPIC = "/v1/messages"  # what is below it has errors of another shape
 _CLIENT_GONE = 499  # nobody reads it; it tells the access log why there is no answer
 
 
@@ -69,23 +72,71 @@ def create_app(service: ChatService, settings: AppSettings) -> FastAPI:
             raise errors.unknown_model(name, service.model_names)
         return JSONResponse(_card(service, name))
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
+    _add_reply_route(app, service, settings, "/v1/chat/completions", openai_chat.read)
+    _add_reply_route(app, service, settings, "/v1/completions", completions.read)
+    _add_reply_route(app, service, settings, "/v1/messages", anthropic.read)
+    _add_responses(app, service, settings)
+    for path, answer in (
+        ("/v1/messages/count_tokens", anthropic.count_tokens),
+        ("/tokenize", tokens.tokenize),
+        ("/detokenize", tokens.detokenize),
+        ("/apply-template", tokens.apply_template),
+    ):
+        _add_plain_route(app, service, settings, path, answer)
+    return app
+
+
+def _add_responses(app: FastAPI, service: ChatService, settings: AppSettings) -> None:
+    store = ResponseStore()
+    _add_reply_route(app, service, settings, "/v1/responses", partial(responses.read, store))
+
+    @app.get("/v1/responses/{response_id}")
+    async def retrieve(request: Request, response_id: str) -> Response:
         _authenticate(request, settings)
-        wanted = parse_chat_request(await _json_body(request, settings.max_body_bytes))
-        task = openai_chat.to_task(wanted)
-        if not wanted.stream:
-            return JSONResponse(await _unless_gone(request, _complete(service, task)))
-        reply = await service.open(task)
-        include_usage = bool(wanted.stream_options and wanted.stream_options.include_usage)
+        return JSONResponse(responses.retrieve(store, response_id))
+
+    @app.delete("/v1/responses/{response_id}")
+    async def delete(request: Request, response_id: str) -> Response:
+        _authenticate(request, settings)
+        return JSONResponse(responses.delete(store, response_id))
+
+
+def _add_plain_route(
+    app: FastAPI,
+    service: ChatService,
+    settings: AppSettings,
+    path: str,
+    answer: Callable[[ChatService, bytes], dict[str, Any]],
+) -> None:
+    """A route that generates nothing."""
+
+    @app.post(path)
+    async def plain(request: Request) -> Response:
+        _authenticate(request, settings)
+        document = await _json_body(request, settings.max_body_bytes)
+        # Tokenising a long text takes a while; replies go on meanwhile.
+        return JSONResponse(await asyncio.to_thread(answer, service, document))
+
+
+def _add_reply_route(
+    app: FastAPI, service: ChatService, settings: AppSettings, path: str, read: Callable[[bytes], Asked]
+) -> None:
+    """A route of one wire format: `read` checks the body and says how to answer it."""
+
+    @app.post(path)
+    async def reply(request: Request) -> Response:
+        _authenticate(request, settings)
+        asked = read(await _json_body(request, settings.max_body_bytes))
+        if not asked.streamed:
+            return JSONResponse(await _unless_gone(request, _complete(service, asked)))
+        reply = await service.open(asked.task)
         return ChunkStream(
-            openai_chat.chunks(reply, include_usage=include_usage),
+            asked.chunks(reply),
+            framing=asked.framing,
             close=reply.close,
             heartbeat_seconds=settings.heartbeat_seconds,
             drain_seconds=settings.drain_seconds,
         )
-
-    return app
 
 
 def _add_status_routes(app: FastAPI, service: ChatService) -> None:
@@ -104,10 +155,10 @@ def _add_status_routes(app: FastAPI, service: ChatService) -> None:
         return JSONResponse({"status": "ready"})
 
 
-async def _complete(service: ChatService, task: ChatTask) -> dict[str, Any]:
-    reply = await service.open(task)
+async def _complete(service: ChatService, asked: Asked) -> dict[str, Any]:
+    reply = await service.open(asked.task)
     try:
-        return openai_chat.body(reply, await reply.fold())
+        return await asked.body(reply)
     finally:
         await reply.close()
 
@@ -141,10 +192,12 @@ def _authenticate(request: Request, settings: AppSettings) -> None:
     if settings.api_key is None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if scheme.lower() != "bearer":
+        given = request.headers.get("x-api-key", "")  # Anthropic's clients
     # Digests, so that the time taken tells nothing about the key, its length included.
     expected, actual = (hashlib.sha256(key.encode()).digest() for key in (settings.api_key, given.strip()))
-    if scheme.lower() != "bearer" or not hmac.compare_digest(expected, actual):
-        message = "Incorrect or missing API key. Send it as 'Authorization: Bearer KEY'."
+    if not hmac.compare_digest(expected, actual):
+        message = "Incorrect or missing API key. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
         raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
@@ -167,20 +220,20 @@ async def _json_body(request: Request, limit: int) -> bytes:
 
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
-    async def api_error(_: Request, error: ApiError) -> Response:
-        return _error_response(error)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        return _error_response(request, error)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         message = f"{error.detail}: {request.method} {request.url.path}"
-        return _error_response(ApiError(error.status_code, message, code=code, headers=error.headers))
+        return _error_response(request, ApiError(error.status_code, message, code=code, headers=error.headers))
 
     @app.exception_handler(RequestValidationError)
-    async def validation_error(_: Request, error: RequestValidationError) -> Response:
+    async def validation_error(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:])
-        return _error_response(errors.invalid(f"{param}: {first['msg']}", param=param))
+        return _error_response(request, errors.invalid(f"{param}: {first['msg']}", param=param))
 
     @app.exception_handler(_ClientGone)
     @app.exception_handler(ClientDisconnect)
@@ -190,13 +243,15 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         # Starlette logs the traceback; the client gets nothing that could show other people's text.
-        response = _error_response(ApiError(500, "Internal server error", code="internal_error"))
+        response = _error_response(request, ApiError(500, "Internal server error", code="internal_error"))
         response.headers["x-request-id"] = request.scope["state"]["request_id"]  # sent outside the middleware
         return response
 
 
-def _error_response(error: ApiError) -> Response:
-    return JSONResponse(error.body(), status_code=error.status, headers=error.headers)
+def _error_response(request: Request, error: ApiError) -> Response:
+    """The error in the shape of the wire format that was spoken."""
+    body = anthropic.error_body(error) if request.url.path.startswith(_ANTHROPIC) else error.body()
+    return JSONResponse(body, status_code=error.status, headers=error.headers)
 
 
 class _RequestId:

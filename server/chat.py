@@ -11,15 +11,15 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from engine import CanvasDone, Event, Finished, GenerationRequest, QueueFull, RequestTooLong, Sampling
-from server import errors
+from server import errors, tool_schema
 from server.bridge import Bridge, EngineUnavailable
 from server.errors import ApiError
 from server.exchange import ChatTask, ChoiceDone, Delta, FinishReason, ReplyDone, StreamItem, ToolCall
 from server.output_parser import OutputParser, Parsed, StopStrings
-from server.prompt import Prompt, PromptRenderer
+from server.prompt import Prompt, PromptRenderer, PromptTooLong
 from server.tool_calls import new_call_id
 
 # Random seeds stay below 2**53 so that they survive JavaScript's numbers and can be sent back.
@@ -34,6 +34,7 @@ class FoldedChoice:
     content: str
     tool_calls: tuple[ToolCall, ...]
     finish_reason: FinishReason
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,11 @@ class ChatService:
         if task.model is not None and task.model not in self.model_names:
             raise errors.unknown_model(task.model, self.model_names)
         # Long prompts take a while to tokenise; other replies go on meanwhile.
-        prompt = await asyncio.to_thread(self.prompts.render, task.messages, task.tools, task.template_options)
-        requests = self._engine_requests(task, prompt)
+        prompts = await asyncio.to_thread(self.render, task)
+        seed = self._seed(task)
+        requests = [request for prompt in prompts for request in self._engine_requests(task, prompt, seed)]
+        reply_id = secrets.token_hex(12)
+        requests = [replace(request, id=f"{reply_id}/{index}") for index, request in enumerate(requests)]
         async with AsyncExitStack() as stack:
             try:
                 streams = [await stack.enter_async_context(self.bridge.generate(request)) for request in requests]
@@ -75,24 +79,46 @@ class ChatService:
                 raise errors.queue_full() from error
             except EngineUnavailable as error:
                 raise errors.unavailable(str(error).capitalize()) from error
-            choices = [_Choice(index, task, prompt, self.prompts) for index in range(task.choices)]
+            choices = [
+                _Choice(index, task, prompts[index // task.choices], self.prompts) for index in range(len(requests))
+            ]
             running = [
                 _Running(request, stream, choice)
                 for request, stream, choice in zip(requests, streams, choices, strict=True)
             ]
-            return Reply(self.bridge, running, stack.pop_all(), model=task.model or self.model_names[0], began=began)
+            return Reply(
+                self.bridge,
+                running,
+                stack.pop_all(),
+                model=task.model or self.model_names[0],
+                prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
+                began=began,
+            )
 
-    def _engine_requests(self, task: ChatTask, prompt: Prompt) -> list[GenerationRequest]:
+    def render(self, task: ChatTask) -> list[Prompt]:
+        """The prompts of a task: one, unless it carries several itself. Raises ApiError (400)."""
+        most = self.bridge.info.context_length
+        try:
+            if task.prompts:
+                return [self.prompts.raw(prompt, most) for prompt in task.prompts]
+            tools = tool_schema.for_template(task.tools)
+            return [self.prompts.render(task.messages, tools, task.template_options, most)]
+        except PromptTooLong as error:
+            raise self._too_long(task, error.tokens, most, exact=False) from error
+
+    @staticmethod
+    def _seed(task: ChatTask) -> int:
+        if task.seed is not None:
+            return task.seed
+        return 0 if task.temperature == 0 else secrets.randbits(_RANDOM_SEED_BITS)
+
+    def _engine_requests(self, task: ChatTask, prompt: Prompt, seed: int) -> list[GenerationRequest]:
         left = self.bridge.info.context_length - len(prompt.ids)
         if left < 1:
             raise self._too_long(task, len(prompt.ids), self.bridge.info.context_length)
-        seed = task.seed
-        if seed is None:
-            seed = 0 if task.temperature == 0 else secrets.randbits(_RANDOM_SEED_BITS)
-        reply_id = f"chatcmpl-{secrets.token_hex(12)}"
         return [
             GenerationRequest(
-                id=f"{reply_id}/{index}",
+                id="",  # numbered by the caller
                 prompt_ids=prompt.ids,
                 # A limit above what is left is no mistake: many clients send a generous one unasked.
                 max_tokens=left if task.max_tokens is None else min(left, task.max_tokens),
@@ -104,9 +130,13 @@ class ChatService:
         ]
 
     @staticmethod
-    def _too_long(task: ChatTask, prompt_tokens: int, context_length: int) -> ApiError:
+    def _too_long(task: ChatTask, prompt_tokens: int, context_length: int, *, exact: bool = True) -> ApiError:
         return errors.context_length_exceeded(
-            prompt_tokens=prompt_tokens, completion_tokens=task.max_tokens or 1, context_length=context_length
+            exact=exact,
+            prompt_tokens=prompt_tokens,
+            completion_tokens=task.max_tokens or 1,
+            context_length=context_length,
+            param="prompt" if task.prompts else "messages",
         )
 
 
@@ -116,7 +146,9 @@ class _Choice:
     def __init__(self, index: int, task: ChatTask, prompt: Prompt, prompts: PromptRenderer) -> None:
         self.index = index
         self._detokenizer = prompts.detokenizer()
-        self.parser = OutputParser(prompt.opens_in, tools=bool(task.tools))
+        tools = tool_schema.parameters(task.tools) if task.tools else None
+        self.parser = OutputParser(prompt.opens_in, tools=tools, raw=bool(task.prompts))
+        self.echo = _written(task, index, prompts) if task.echo else ""
         self._stop = StopStrings(task.stop)
         self._most_calls = None if task.parallel_tool_calls else 1
         self._calls = 0
@@ -134,14 +166,19 @@ class _Choice:
             self.parser.push(self._detokenizer.push(token_id))
         return self._delta(self.parser.take())
 
-    def end(self) -> Delta | None:
-        """What was held back until now."""
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that was found, if one was."""
+        return self._stop.matched
+
+    def end(self, *, complete: bool) -> Delta | None:
+        """What was held back until now. `complete`: the model ended the reply, it was not cut."""
         if self._stop.hit:
             return None
         if self._calls == self._most_calls:
             return self._delta(Parsed(), last=True)
         self.parser.push(self._detokenizer.finish())
-        return self._delta(self.parser.finish(), last=True)
+        return self._delta(self.parser.finish(complete=complete), last=True)
 
     def finish_reason(self, finished: Finished) -> FinishReason:
         """The one place where the reason is decided. Raises ApiError when the engine gave up."""
@@ -169,6 +206,12 @@ class _Choice:
         return Delta(choice=self.index, reasoning=parsed.reasoning, content=content, tool_calls=numbered)
 
 
+def _written(task: ChatTask, index: int, prompts: PromptRenderer) -> str:
+    """The prompt of a choice as its client wrote it."""
+    prompt = task.prompts[index // task.choices]
+    return prompt if isinstance(prompt, str) else prompts.decode(prompt)
+
+
 @dataclass
 class _Running:
     """One choice being generated."""
@@ -187,12 +230,13 @@ class Reply:
     _running: list[_Running]
     _stack: AsyncExitStack
     model: str = field(kw_only=True)
+    prompt_tokens: int = field(kw_only=True)  # of all prompts together
     began: float = field(kw_only=True)
     created: int = field(default_factory=lambda: int(time.time()), kw_only=True)
 
     @property
     def id(self) -> str:
-        """The reply's id, the same on every chunk."""
+        """The reply's id, the same on every chunk; a wire format puts its own word in front."""
         return self._running[0].request.id.partition("/")[0]
 
     @property
@@ -207,6 +251,9 @@ class Reply:
     async def stream(self) -> AsyncGenerator[StreamItem, None]:
         """The reply as it comes. Raises ApiError when the engine gives up."""
         first_text: float | None = None
+        for running in self._running:
+            if running.choice.echo:
+                yield Delta(choice=running.choice.index, content=running.choice.echo)
         async with aclosing(self._merged()) as events:
             async for running, event in events:
                 choice = running.choice
@@ -216,12 +263,13 @@ class Reply:
                         self._bridge.cancel(running.request.id)
                 else:
                     running.finished = event
-                    delta = choice.end()
+                    delta = choice.end(complete=event.reason == "stop")
                 if delta is not None:
                     first_text = first_text or time.monotonic()
                     yield delta
                 if isinstance(event, Finished):
-                    yield ChoiceDone(choice=choice.index, finish_reason=choice.finish_reason(event))
+                    reason = choice.finish_reason(event)
+                    yield ChoiceDone(choice=choice.index, finish_reason=reason, stop_string=choice.stop_string)
         yield self._done(first_text)
 
     async def fold(self) -> Folded:
@@ -248,7 +296,7 @@ class Reply:
     def _done(self, first_text: float | None) -> ReplyDone:
         usages = [running.finished.usage for running in self._running if running.finished is not None]
         return ReplyDone(
-            prompt_tokens=usages[0].prompt_tokens,
+            prompt_tokens=self.prompt_tokens,
             cached_tokens=usages[0].cached_tokens,
             completion_tokens=sum(usage.completion_tokens for usage in usages),
             reasoning_tokens=sum(running.choice.parser.reasoning_tokens for running in self._running),
@@ -265,6 +313,7 @@ async def fold(items: AsyncIterator[StreamItem], choices: int) -> Folded:
     reasoning, content = [""] * choices, [""] * choices
     calls: list[tuple[ToolCall, ...]] = [()] * choices
     reasons: list[FinishReason] = ["stop"] * choices
+    stops: list[str | None] = [None] * choices
     done: ReplyDone | None = None
     async for item in items:
         if isinstance(item, Delta):
@@ -272,9 +321,9 @@ async def fold(items: AsyncIterator[StreamItem], choices: int) -> Folded:
             content[item.choice] += item.content
             calls[item.choice] += item.tool_calls
         elif isinstance(item, ChoiceDone):
-            reasons[item.choice] = item.finish_reason
+            reasons[item.choice], stops[item.choice] = item.finish_reason, item.stop_string
         else:
             done = item
     assert done is not None, "a stream ends with ReplyDone"
-    folded = zip(reasoning, content, calls, reasons, strict=True)
+    folded = zip(reasoning, content, calls, reasons, stops, strict=True)
     return Folded(tuple(FoldedChoice(*parts) for parts in folded), done)

@@ -67,14 +67,17 @@ def unknown_model(name: str, known: Sequence[str]) -> ApiError:
     return ApiError(404, message, param="model", code="model_not_found")
 
 
-def context_length_exceeded(*, prompt_tokens: int, completion_tokens: int, context_length: int) -> ApiError:
-    """400 with both the code and OpenAI's own sentence: some clients read one, some the other (api.md 2.7)."""
+def context_length_exceeded(
+    *, prompt_tokens: int, completion_tokens: int, context_length: int, param: str = "messages", exact: bool = True
+) -> ApiError:
+    """400 with both the code and OpenAI's own sentence: some clients read one, some the other."""
+    total = f"{'' if exact else 'at least '}{prompt_tokens + completion_tokens}"
     message = (
-        f"This model's maximum context length is {context_length} tokens. However, you requested "
-        f"{prompt_tokens + completion_tokens} tokens ({prompt_tokens} in the messages, {completion_tokens} in the "
-        "completion). Please reduce the length of the messages or completion."
+        f"This model's maximum context length is {context_length} tokens. However, you requested {total} tokens "
+        f"({prompt_tokens} in the {param}, {completion_tokens} in the completion). Please reduce the length of the "
+        f"{param} or completion."
     )
-    return ApiError(400, message, param="messages", code="context_length_exceeded")
+    return ApiError(400, message, param=param, code="context_length_exceeded")
 
 
 def queue_full() -> ApiError:

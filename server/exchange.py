@@ -16,13 +16,17 @@ FinishReason = Literal["stop", "length", "tool_calls"]
 
 @dataclass(frozen=True, kw_only=True)
 class ChatTask:
-    """One chat request, checked and free of wire detail.
+    """One request for text, checked and free of wire detail.
 
     `messages` are plain dicts in the form chat templates read: `content` is always a string, tool-call arguments
-    are objects, a tool result carries the name of its tool. `None` in an option means "not asked for".
+    are objects, a tool result carries the name of its tool. `tools` are in OpenAI's form, with the schemas as the
+    client wrote them. Instead of messages there may be `prompts`, text or token ids that no template touches.
+    `None` in an option means "not asked for".
     """
 
-    messages: tuple[Mapping[str, Any], ...]
+    messages: tuple[Mapping[str, Any], ...] = ()
+    prompts: tuple[str | tuple[int, ...], ...] = ()
+    echo: bool = False  # begin each choice with the prompt it continues; of `prompts` only
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)  # e.g. enable_thinking
     model: str | None = None
@@ -32,7 +36,7 @@ class ChatTask:
     top_k: int = 0  # 0 = off
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    choices: int = 1
+    choices: int = 1  # per prompt
     parallel_tool_calls: bool = True
 
 
@@ -62,11 +66,12 @@ class ChoiceDone:
 
     choice: int
     finish_reason: FinishReason
+    stop_string: str | None = None  # the stop string that ended it, if one did
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReplyDone:
-    """The end of the whole reply, with its counts. Tokens of all choices are added up, the prompt counts once."""
+    """The end of the whole reply, with its counts. Tokens of all choices are added up, each prompt counts once."""
 
     prompt_tokens: int
     cached_tokens: int

@@ -14,7 +14,7 @@ from __future__ import annotations
 import codecs
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -29,6 +29,7 @@ OpensIn = Literal["content", "channel", "reasoning"]
 CHANNEL_OPEN = "<|channel>"
 CHANNEL_CLOSE = "<channel|>"
 TURN_OPEN = "<|turn>"
+BOS = "<bos>"
 
 _MARKER_SHAPE = re.compile(r"<\|.+>|<.+\|>")  # Gemma's way of writing a control token
 _NEVER_TEXT = re.compile(r"<unused\d+>")  # reserved ids; noise may hit them, a reply must not show them
@@ -40,10 +41,30 @@ _STAND_INS = range(0x20000, 0x2A6E0)
 _RENDER_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
+_SAID, _RESULT = "said-text", "result-text"
+_PROBE: list[Mapping[str, Any]] = [
+    {"role": "user", "content": "x"},
+    {
+        "role": "assistant",
+        "content": _SAID,
+        "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": {}}}],
+    },
+    {"role": "tool", "tool_call_id": "c", "name": "f", "content": _RESULT},
+]
+
+
 class ChatTemplate(Protocol):
     """What is needed of a transformers tokenizer: rendering a conversation to text."""
 
-    def apply_chat_template(self, conversation: list[dict[str, Any]], /, **options: Any) -> Any: ...
+    def apply_chat_template(self, conversation: Any, /, **options: Any) -> Any: ...
+
+
+class PromptTooLong(Exception):
+    """The prompt has more tokens than may be. How many exactly is not known: at least `tokens`."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(f"at least {tokens} tokens")
+        self.tokens = tokens
 
 
 @dataclass(frozen=True)
@@ -106,8 +127,12 @@ class PromptRenderer:
         self._tokenizer.encode_special_tokens = True  # control tokens in text are plain text
         self._template = template
         self.control = ControlTokens(tokenizer)
+        vocabulary = tokenizer.get_vocab()
+        self._known_ids: int = 1 + max(vocabulary.values())
+        self._longest = max(map(len, vocabulary))  # characters that one token can stand for
         parameters = inspect.signature(template.apply_chat_template).parameters
         self._reserved = frozenset(parameters) | frozenset(special_names) | {"messages"}
+        self._text_apart = self._reads_text_before_calls()
 
     @classmethod
     def from_folder(cls, path: str | Path) -> PromptRenderer:
@@ -127,16 +152,42 @@ class PromptRenderer:
         messages: Iterable[Mapping[str, Any]],
         tools: Iterable[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
+        most: int | None = None,
     ) -> Prompt:
-        """Messages, tools and template options to ids. Raises ApiError (400) when the template cannot render them."""
-        options = options or {}
+        """Messages, tools and template options to ids. Raises ApiError (400) when the template cannot render them.
+
+        `most`: tokens that would be taken. PromptTooLong is raised where it is certain before tokenising that there
+        are more; a few megabytes take seconds to tokenise.
+        """
+        ids: list[int] = []
+        pieces = list(self._rendered(messages, tools, options or {}))
+        self._bound(sum(len(piece) for piece, _ in pieces), most)
+        for piece, is_control in pieces:
+            ids += [self.control.ids[piece]] if is_control else self.encode(piece)
+        return Prompt(tuple(ids), self._opens_in(ids))
+
+    def text(
+        self,
+        messages: Iterable[Mapping[str, Any]],
+        tools: Iterable[Mapping[str, Any]] = (),
+        options: Mapping[str, Any] | None = None,
+    ) -> str:
+        """What the template makes of messages, as text. Raises ApiError (400) as `render` does."""
+        return "".join(piece for piece, _ in self._rendered(messages, tools, options or {}))
+
+    def _rendered(
+        self, messages: Iterable[Mapping[str, Any]], tools: Iterable[Mapping[str, Any]], options: Mapping[str, Any]
+    ) -> Iterator[tuple[str, bool]]:
+        """Pieces of the rendered prompt: text, or a control token the template wrote."""
         for name in options:
             if name in self._reserved:
                 raise invalid(f"'{name}' cannot be set by a request", param=f"chat_template_kwargs.{name}")
+        if self._text_apart:
+            messages = _text_before_calls(messages)
         request = {"messages": list(messages), "tools": list(tools), "options": dict(options)}
-        guard, restore = self._stand_ins(request)
-        guarded = _map_strings(request, lambda text: text.translate(guard))
         try:
+            guard, restore = self._stand_ins(request)
+            guarded = _map_strings(request, lambda text: text.translate(guard))
             text = self._template.apply_chat_template(
                 guarded["messages"],
                 tools=guarded["tools"] or None,
@@ -148,10 +199,44 @@ class PromptRenderer:
             raise invalid(
                 f"The model's chat template cannot render these messages: {error}"[:500], param="messages"
             ) from error
+        for piece, is_control in self.control.split(text):
+            yield (piece, True) if is_control else (piece.translate(restore), False)
+
+    def _bound(self, characters: int, most: int | None) -> None:
+        at_least = characters // self._longest
+        if most is not None and at_least > most:
+            raise PromptTooLong(at_least)
+
+    def raw(self, prompt: str | Sequence[int], most: int | None = None) -> Prompt:
+        """A prompt that the client wrote whole: control tokens in its text count, and it begins with `<bos>`.
+
+        Ids are taken as they are. Raises ApiError (400) for one outside the vocabulary, or a prompt of nothing, and
+        PromptTooLong as `render` does.
+        """
+        if not isinstance(prompt, str):
+            ids = tuple(prompt)
+            if not all(0 <= token_id < self._known_ids for token_id in ids):
+                raise invalid(f"Token ids must be from 0 to {self._known_ids - 1}", param="prompt")
+        else:
+            self._bound(len(prompt), most)
+            ids = tuple(self.encode_raw(prompt, begin=True))
+        if not ids:
+            raise invalid("The prompt is empty", param="prompt")
+        return Prompt(ids, "content")
+
+    def encode_raw(self, text: str, *, begin: bool) -> list[int]:
+        """Tokenise text in which control tokens count. `begin`: put `<bos>` first where the text does not have it."""
         ids: list[int] = []
         for piece, is_control in self.control.split(text):
-            ids += [self.control.ids[piece]] if is_control else self.encode(piece.translate(restore))
-        return Prompt(tuple(ids), self._opens_in(ids))
+            ids += [self.control.ids[piece]] if is_control else self.encode(piece)
+        first = self.control.ids.get(BOS)
+        return [first, *ids] if begin and first is not None and ids[:1] != [first] else ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Ids to text, control tokens by their names. An unfinished character is the replacement character."""
+        detokenizer = self.detokenizer()
+        pieces = [piece for token_id in ids for piece in detokenizer.push(token_id)] + detokenizer.finish()
+        return "".join(piece.name if isinstance(piece, Marker) else piece for piece in pieces)
 
     def encode(self, text: str) -> list[int]:
         """Tokenise plain text; whatever it contains, no id of a control token comes out."""
@@ -182,6 +267,23 @@ class PromptRenderer:
         if len(chosen) < len(needed):
             raise invalid("The messages use every character of a whole script.", param="messages")
         return {ord(char): stand_in for char, stand_in in chosen}, {ord(stand_in): char for char, stand_in in chosen}
+
+    def _reads_text_before_calls(self) -> bool:
+        """True for a template that wants what was said before a call as a message of its own.
+
+        Google's for Gemma 4 moves such text behind the call's result and closes the turn there, so that the model
+        would go on outside of any turn; in its own message it stays in its place. Its first version closes the turn
+        either way, and is left alone.
+        """
+        whole, apart = self._probe(_PROBE), self._probe(list(_text_before_calls(_PROBE)))
+        moved = 0 <= whole.find(_RESULT) < whole.find(_SAID)
+        return moved and re.search(f"{_SAID}(?!.*<turn\\|>.*{_RESULT}).*{_RESULT}", apart, re.DOTALL) is not None
+
+    def _probe(self, messages: list[Mapping[str, Any]]) -> str:
+        try:
+            return str(self._template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except _RENDER_ERRORS:
+            return ""
 
     def _opens_in(self, ids: list[int]) -> OpensIn:
         def last(name: str) -> int:
@@ -231,6 +333,16 @@ class Detokenizer:
         text = self._bytes.decode(b"", final=True)
         self._bytes = _new_byte_decoder()
         return [text] if text else []
+
+
+def _text_before_calls(messages: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    """The messages with the text and thought of a turn in a message before the one with its calls."""
+    for message in messages:
+        if message.get("tool_calls") and message.get("content"):
+            yield {key: value for key, value in message.items() if key != "tool_calls"}
+            yield {"role": message["role"], "content": "", "tool_calls": message["tool_calls"]}
+        else:
+            yield message
 
 
 def _new_byte_decoder() -> codecs.IncrementalDecoder:

@@ -1,299 +1,137 @@
-"""The body of `POST /v1/chat/completions` as OpenAI's clients send it, checked field by field.
+"""What the bodies of all wire formats share: sampling fields, refusals by name, and faults located in the document.
 
-Knows shapes and ranges, not models, prompts or replies. Three kinds of fields: honoured (declared below), hints and
-extras that cannot change the reply (accepted, dropped) and fields that would change it but are not built
-(`_UNSUPPORTED`). Invariant: a field of the third kind is a 400 that names it, unless its value means "off".
+Knows shapes and ranges, not models, prompts or replies. Three kinds of fields: honoured (declared in a model), hints
+and extras that cannot change the reply (accepted, dropped) and fields that would change it but are not built
+(`UNSUPPORTED`). Invariant: a field of the third kind is a 400 that names it, unless its value means "off".
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationError,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from server.errors import ApiError, invalid
 
 MAX_REPORTED_ERRORS = 10
 MAX_MESSAGE_CHARACTERS = 300
-_OPEN = ConfigDict(extra="allow", frozen=True)
+OPEN = ConfigDict(extra="allow", frozen=True)
+ModelT = TypeVar("ModelT", bound=BaseModel)
+MeansOff = Callable[[Any], bool]
 
 
-def _refuse(field: str, detail: str = "is not supported yet") -> PydanticCustomError:
+def refuse(field: str, detail: str = "is not supported yet") -> PydanticCustomError:
+    """The error for a field that is understood and not honoured. Raise it inside a validator."""
     # The field's name goes in as context, not as template text: it may contain braces.
     return PydanticCustomError("unsupported_value", "'{field}' {detail}", {"field": field, "detail": detail})
 
 
-class TextPart(BaseModel):
-    """One part of a message's content. Only text parts (and a refusal the model once gave) are text."""
-
-    model_config = _OPEN
-    type: str
-    text: str | None = None
-    refusal: str | None = None
-
-    @model_validator(mode="after")
-    def _only_text(self) -> TextPart:
-        if self.type not in ("text", "refusal"):
-            raise _refuse(f"content part of type {self.type[:40]}", "is not supported yet: this server reads text only")
-        if self.as_text is None:
-            raise PydanticCustomError("missing", "a content part of type '{type}' needs its text", {"type": self.type})
-        return self
-
-    @property
-    def as_text(self) -> str | None:
-        """The part's text."""
-        return self.text if self.type == "text" else self.refusal
-
-
-def _content_kind(value: Any) -> str | None:
-    # With a plain union a fault in a part would be reported once per branch, the misleading one first.
-    return "str" if isinstance(value, str) else "list" if isinstance(value, list) else None
-
-
-Content = Annotated[
-    Annotated[str, Tag("str")] | Annotated[list[TextPart], Tag("list")],
-    Discriminator(
-        _content_kind,
-        custom_error_type="content_type",
-        custom_error_message="must be a string or a list of content parts",
-    ),
-]
-
-
-def _json_text(value: object) -> object:
-    # Some frameworks send a tool's result as an object; what the model reads is its JSON text.
-    return json.dumps(value, ensure_ascii=False) if isinstance(value, dict) else value
-
-
-class SystemMessage(BaseModel):
-    """Instructions; `developer` is OpenAI's newer name for the same thing."""
-
-    model_config = _OPEN
-    role: Literal["system", "developer"]
-    content: Content
-    name: str | None = None
-
-
-class UserMessage(BaseModel):
-    """What the person said."""
-
-    model_config = _OPEN
-    role: Literal["user"]
-    content: Content
-    name: str | None = None
-
-
-class CalledFunction(BaseModel):
-    """The function part of a call in the history. Clients send the arguments as JSON text, some as an object."""
-
-    model_config = _OPEN
-    name: str
-    arguments: str | dict[str, Any] | None = None
-
-
-class HistoryToolCall(BaseModel):
-    """A call the assistant made earlier."""
-
-    model_config = _OPEN
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class AssistantMessage(BaseModel):
-    """An earlier reply, with its calls and, where the client kept it, its reasoning."""
-
-    model_config = _OPEN
-    role: Literal["assistant"]
-    content: Content | None = None
-    name: str | None = None
-    tool_calls: list[HistoryToolCall] | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
-    refusal: str | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_old_forms(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for name in ("function_call", "audio"):
-                if data.get(name):
-                    raise _refuse(name)
-        return data
-
-
-class ToolMessage(BaseModel):
-    """The result of a call."""
-
-    model_config = _OPEN
-    role: Literal["tool"]
-    content: Annotated[Content, BeforeValidator(_json_text)]
-    tool_call_id: str | None = None
-    name: str | None = None
-
-
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
-
-
-class FunctionDefinition(BaseModel):
-    """A function the model may call; `parameters` is a JSON schema."""
-
-    model_config = _OPEN
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    strict: bool | None = None
-
-    @model_validator(mode="after")
-    def _no_guarantee_yet(self) -> FunctionDefinition:
-        if self.strict:
-            raise _refuse("strict", "is not supported yet: arguments are not constrained to the schema")
-        return self
-
-
-class Tool(BaseModel):
-    """A declared tool."""
-
-    model_config = _OPEN
-    type: str
-    function: FunctionDefinition | None = None
-
-    @model_validator(mode="after")
-    def _only_functions(self) -> Tool:
-        if self.type != "function":
-            raise _refuse(f"tool of type {self.type[:40]}", "is not supported yet: only function tools are")
-        if self.function is None:
-            raise PydanticCustomError("missing", "a tool of type 'function' needs its function")
-        return self
+def refuse_unbuilt(data: Any, table: Mapping[str, MeansOff]) -> None:
+    """Refuse the first field of the table that is set to something. null, [] and {} always mean "off"."""
+    if not isinstance(data, dict):
+        return
+    for name, means_off in table.items():
+        value = data.get(name)
+        if value is None or value == [] or value == {} or means_off(value):
+            continue
+        raise refuse(name, _INSTEAD.get(name, "is not supported yet"))
 
 
 class StreamOptions(BaseModel):
     """Only `include_usage` changes anything here; obfuscation is padding this server does not add."""
 
-    model_config = _OPEN
+    model_config = OPEN
     include_usage: bool | None = None
 
 
-def _is(*values: object) -> Callable[[Any], bool]:
+def off(*values: object) -> MeansOff:
     """A test for 'this value means off'; null and empty always do."""
     return lambda value: any(value == each and type(value) is type(each) for each in values)
 
 
-def _zero(value: Any) -> bool:
+def zero(value: Any) -> bool:
+    """Zero means off."""
     return isinstance(value, int | float) and value == 0
 
 
-def _one(value: Any) -> bool:
+def one(value: Any) -> bool:
+    """One means off."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value == 1
 
 
-_UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
+UNSUPPORTED: Mapping[str, MeansOff] = {
     "response_format": lambda value: isinstance(value, dict) and value.get("type") == "text",
-    "logprobs": _is(False),
-    "top_logprobs": _zero,
-    "prompt_logprobs": _zero,
-    "frequency_penalty": _zero,
-    "presence_penalty": _zero,
-    "repetition_penalty": _one,
-    "length_penalty": _one,
-    "min_p": _zero,
-    "typical_p": _one,
-    "min_tokens": _zero,
-    "logit_bias": _is(),
-    "bad_words": _is(),
-    "allowed_token_ids": _is(),
-    "stop_token_ids": _is(),
-    "ignore_eos": _is(False),
-    "use_beam_search": _is(False),
-    "best_of": _one,
-    "echo": _is(False),
-    "suffix": _is(""),
-    "functions": _is(),
-    "function_call": _is("none", "auto"),
-    "audio": _is(),
-    "modalities": _is(["text"]),
-    "web_search_options": _is(),
-    "moderation": _is(),
-    "structured_outputs": _is(),
-    "guided_json": _is(),
-    "guided_regex": _is(),
-    "guided_choice": _is(),
-    "guided_grammar": _is(),
-    "grammar": _is(),
-    "json_schema": _is(),
-    "regex": _is(),
-    "chat_template": _is(),
-    "documents": _is(),
-    "continue_final_message": _is(False),
-    "add_generation_prompt": _is(True),
-    "include_reasoning": _is(True),
+    "logprobs": off(False),
+    "top_logprobs": zero,
+    "prompt_logprobs": zero,
+    "frequency_penalty": zero,
+    "presence_penalty": zero,
+    "repetition_penalty": one,
+    "length_penalty": one,
+    "min_p": zero,
+    "typical_p": one,
+    "min_tokens": zero,
+    "logit_bias": off(),
+    "bad_words": off(),
+    "allowed_token_ids": off(),
+    "stop_token_ids": off(),
+    "ignore_eos": off(False),
+    "use_beam_search": off(False),
+    "best_of": one,
+    "echo": off(False),
+    "suffix": off(""),
+    "functions": off(),
+    "function_call": off("none", "auto"),
+    "audio": off(),
+    "modalities": off(["text"]),
+    "web_search_options": off(),
+    "moderation": off(),
+    "structured_outputs": off(),
+    "guided_json": off(),
+    "guided_regex": off(),
+    "guided_choice": off(),
+    "guided_grammar": off(),
+    "grammar": off(),
+    "json_schema": off(),
+    "regex": off(),
+    "chat_template": off(),
+    "documents": off(),
+    "continue_final_message": off(False),
+    "add_generation_prompt": off(True),
+    "include_reasoning": off(True),
+}
+
+_INSTEAD = {
+    "functions": "is OpenAI's retired form of tools: send 'tools'",
+    "function_call": "is OpenAI's retired form of tool calls: send 'tool_choice' and 'tool_calls'",
 }
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64, strict=True)]
 TokenLimit = Annotated[int, Field(ge=1, strict=True)]
-StopString = Annotated[str, Field(min_length=1)]
+MAX_STOP_STRINGS = 4
 
 
-class ChatRequest(BaseModel):
-    """The request body. Everything declared here is honoured; see the module docstring for the rest."""
+class SamplingFields(BaseModel):
+    """What OpenAI's chat and completions bodies have in common."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
-    messages: list[Message] = Field(min_length=1)
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: TokenLimit | None = None
-    max_completion_tokens: TokenLimit | None = None
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
     top_k: Annotated[int, Field(ge=-1, lt=2**31, strict=True)] | None = None
     seed: Seed | None = None
     stop: str | list[str] | None = None
     n: Annotated[int, Field(ge=1, le=8, strict=True)] | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[Tool] | None = None
-    tool_choice: Any = None
-    parallel_tool_calls: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_what_is_not_built(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for name, means_off in _UNSUPPORTED.items():
-                value = data.get(name)
-                if value is None or value == [] or value == {} or means_off(value):
-                    continue
-                raise _refuse(name)
-        return data
 
     @model_validator(mode="after")
-    def _refuse_forced_tools(self) -> ChatRequest:
-        if self.tool_choice is not None and self.tool_choice not in ("auto", "none"):
-            raise _refuse(
-                "tool_choice", "is supported as 'auto' and 'none' only, not yet as 'required' or a named tool"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _check_stop(self) -> ChatRequest:
-        if len(self.stop_strings) > 4:
-            raise PydanticCustomError("invalid_value", "takes at most 4 strings", {"field": "stop"})
-        if "" in self.stop_strings:
-            raise PydanticCustomError("invalid_value", "strings must not be empty", {"field": "stop"})
+    def _check_stop(self) -> SamplingFields:
+        check_stop_strings("stop", self.stop_strings)
         return self
 
     @property
@@ -303,11 +141,39 @@ class ChatRequest(BaseModel):
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
+    def sampling(self) -> dict[str, Any]:
+        """The fields as `ChatTask` wants them."""
+        return {
+            **draw(self.temperature, self.top_p, self.top_k),
+            # Negative seeds are allowed on the wire; two's complement keeps them distinct.
+            "seed": None if self.seed is None else self.seed % 2**64,
+            "stop": self.stop_strings,
+            "choices": self.n or 1,
+        }
 
-def parse_chat_request(body: bytes) -> ChatRequest:
+
+def draw(temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:
+    """How tokens are drawn, with defaults, as `ChatTask` wants it."""
+    kept = {"temperature": 1.0 if temperature is None else temperature, "top_k": max(top_k or 0, 0)}
+    if top_p == 0:  # a nucleus of nothing is the likeliest token alone
+        return {**kept, "top_p": 1.0, "top_k": 1}
+    return {**kept, "top_p": 1.0 if top_p is None else top_p}
+
+
+def check_stop_strings(field: str, strings: tuple[str, ...]) -> None:
+    """Raise inside a validator when there are too many stop strings or an empty one."""
+    if len(strings) > MAX_STOP_STRINGS:
+        raise PydanticCustomError(
+            "invalid_value", "takes at most {most} strings", {"field": field, "most": MAX_STOP_STRINGS}
+        )
+    if "" in strings:
+        raise PydanticCustomError("invalid_value", "strings must not be empty", {"field": field})
+
+
+def parse(model: type[ModelT], body: bytes) -> ModelT:
     """Check a request body. Raises ApiError (400) naming the first field at fault."""
     try:
-        return ChatRequest.model_validate_json(body)
+        return model.model_validate_json(body)
     except ValidationError as error:
         raise _as_api_error(error) from error
 
@@ -336,6 +202,7 @@ def _where(fault: ErrorDetails) -> str:
 
 # pydantic also reports which branch of a union it tried: no part of the client's document
 _BRANCHES = frozenset({"system", "developer", "user", "assistant", "tool", "str", "list", "list[str]", "dict[str,any]"})
+BRANCH = "~"  # begins the names of all other branches, some of which are also names of fields
 
 
 def _path(location: tuple[int | str, ...]) -> str:
@@ -344,7 +211,7 @@ def _path(location: tuple[int | str, ...]) -> str:
     for position, part in enumerate(location):
         if isinstance(part, int):
             path += f"[{part}]"
-        elif position > 0 and part in _BRANCHES:
+        elif position > 0 and (part in _BRANCHES or part.startswith(BRANCH)):
             continue
         else:
             path += f".{part}" if path else str(part)

@@ -1,4 +1,4 @@
-"""A stream of JSON chunks as server-sent events, with heartbeats, an error event and `[DONE]`.
+"""A stream of JSON chunks as server-sent events, with heartbeats, an error event and, in most formats, `[DONE]`.
 
 Knows event framing, not what the chunks mean. Framing and heartbeats are sse-starlette's. Invariant: every `data:`
 line is one JSON object or `[DONE]`, which comes last and always, also after an error; there is never an event line
@@ -11,6 +11,7 @@ import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
@@ -26,6 +27,15 @@ _LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 DONE = "[DONE]"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Framing:
+    """How the chunks of one wire format become events."""
+
+    named: bool = False  # an `event:` line that repeats the chunk's "type"
+    done: bool = True  # `[DONE]` at the end
+    error: Callable[[ApiError], dict[str, Any]] = ApiError.body  # the chunk that tells of an error
+
+
 class ChunkStream(EventSourceResponse):
     """The response. `close` runs when it ends, however it ends, even if it never began."""
 
@@ -33,12 +43,13 @@ class ChunkStream(EventSourceResponse):
         self,
         chunks: AsyncGenerator[dict[str, Any], None],
         *,
+        framing: Framing,
         close: Callable[[], Awaitable[None]],
         heartbeat_seconds: float,
         drain_seconds: float,
     ) -> None:
         super().__init__(
-            _events(chunks),
+            _events(chunks, framing),
             ping=heartbeat_seconds,
             ping_message_factory=lambda: ServerSentEvent(comment="ping", sep=_LINE_END),
             sep=_LINE_END,
@@ -54,19 +65,23 @@ class ChunkStream(EventSourceResponse):
             await self._close()
 
 
-async def _events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[ServerSentEvent, None]:
+async def _events(
+    chunks: AsyncGenerator[dict[str, Any], None], framing: Framing
+) -> AsyncGenerator[ServerSentEvent, None]:
     try:
         async with aclosing(chunks):
             async for chunk in chunks:
-                yield _event(chunk)
+                yield _event(chunk, framing)
     except ApiError as error:
-        yield _event(error.body())
+        yield _event(framing.error(error), framing)
     except Exception:  # the status line is out: an error event is the only way left to tell
         logger.exception("a stream failed")
-        yield _event(ApiError(500, "Internal server error", code="internal_error").body())
-    yield ServerSentEvent(DONE, sep=_LINE_END)
+        yield _event(framing.error(ApiError(500, "Internal server error", code="internal_error")), framing)
+    if framing.done:
+        yield ServerSentEvent(DONE, sep=_LINE_END)
 
 
-def _event(payload: dict[str, Any]) -> ServerSentEvent:
+def _event(payload: dict[str, Any], framing: Framing) -> ServerSentEvent:
     text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
-    return ServerSentEvent(text.translate(_LINE_BREAKS), sep=_LINE_END)
+    name = payload["type"] if framing.named else None
+    return ServerSentEvent(text.translate(_LINE_BREAKS), event=name, sep=_LINE_END)

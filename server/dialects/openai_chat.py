@@ -7,60 +7,85 @@ Invariant: the chunks of a stream add up to the body of the same reply.
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 from server.chat import Folded, FoldedChoice, Reply
+from server.dialects.chat_schema import (
+    AssistantMessage,
+    ChatRequest,
+    Content,
+    Message,
+    ToolMessage,
+    parse_chat_request,
+)
+from server.dialects.history import History
 from server.errors import invalid
 from server.exchange import ChatTask, ChoiceDone, Delta, ReplyDone, ToolCall
-from server.schema import AssistantMessage, ChatRequest, Content, HistoryToolCall, Message, ToolMessage
+from server.sse import Framing
 
 Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class AskedChat:
+    """One chat completion."""
+
+    task: ChatTask
+    streamed: bool
+    include_usage: bool
+    framing: Framing = field(default_factory=Framing)
+
+    async def body(self, reply: Reply) -> Json:
+        """The non-streamed answer."""
+        return body(reply, await reply.fold())
+
+    def chunks(self, reply: Reply) -> AsyncGenerator[Json, None]:
+        """The streamed answer."""
+        return chunks(reply, include_usage=self.include_usage)
+
+
+def read(document: bytes) -> AskedChat:
+    """Check a request. Raises ApiError (400)."""
+    request = parse_chat_request(document)
+    include_usage = bool(request.stream_options and request.stream_options.include_usage)
+    return AskedChat(to_task(request), bool(request.stream), include_usage)
 
 
 def to_task(request: ChatRequest) -> ChatTask:
     """Translate a checked request. Raises ApiError for template options that make no sense."""
     tools = [] if request.tool_choice == "none" else request.tools or []
-    top_p, top_k = (1.0 if request.top_p is None else request.top_p), max(request.top_k or 0, 0)
-    if top_p == 0:  # a nucleus of nothing is the likeliest token alone
-        top_p, top_k = 1.0, 1
     limit = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     return ChatTask(
-        messages=tuple(_template_messages(request.messages)),
+        messages=template_messages(request.messages),
         tools=tuple(tool.model_dump(exclude_unset=True) for tool in tools),
-        template_options=_template_options(request),
+        template_options=template_options(request.reasoning_effort, request.chat_template_kwargs),
         model=request.model,
         max_tokens=limit,
-        temperature=1.0 if request.temperature is None else request.temperature,
-        top_p=top_p,
-        top_k=top_k,
-        # Negative seeds are allowed on the wire; two's complement keeps them distinct.
-        seed=None if request.seed is None else request.seed % 2**64,
-        stop=request.stop_strings,
-        choices=request.n or 1,
         parallel_tool_calls=request.parallel_tool_calls is not False,
+        **request.sampling(),
     )
 
 
 def body(reply: Reply, folded: Folded) -> Json:
     """The non-streamed answer."""
     return {
-        "id": reply.id,
+        "id": f"chatcmpl-{reply.id}",
         "object": "chat.completion",
         "created": reply.created,
         "model": reply.model,
         "choices": [_choice(index, choice) for index, choice in enumerate(folded.choices)],
-        "usage": _usage(folded.done),
-        "easel": _easel(folded.done),
+        "usage": usage(folded.done),
+        "easel": easel(folded.done),
     }
 
 
 async def chunks(reply: Reply, *, include_usage: bool) -> AsyncGenerator[Json, None]:
     """The streamed answer: role chunks at once, then one chunk per finished canvas."""
     head: Json = {
-        "id": reply.id,
+        "id": f"chatcmpl-{reply.id}",
         "object": "chat.completion.chunk",
         "created": reply.created,
         "model": reply.model,
@@ -85,9 +110,9 @@ async def chunks(reply: Reply, *, include_usage: bool) -> AsyncGenerator[Json, N
                     yield last
             elif include_usage:
                 yield last
-                yield {**head, "choices": [], "usage": _usage(item), "easel": _easel(item)}
+                yield {**head, "choices": [], "usage": usage(item), "easel": easel(item)}
             else:
-                yield {**last, "easel": _easel(item)}
+                yield {**last, "easel": easel(item)}
 
 
 def model_card(name: str, *, created: int, context_length: int) -> Json:
@@ -129,7 +154,8 @@ def _call(call: ToolCall) -> Json:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _usage(done: ReplyDone) -> Json:
+def usage(done: ReplyDone) -> Json:
+    """Token counts as OpenAI writes them."""
     return {
         "prompt_tokens": done.prompt_tokens,
         "completion_tokens": done.completion_tokens,
@@ -139,7 +165,8 @@ def _usage(done: ReplyDone) -> Json:
     }
 
 
-def _easel(done: ReplyDone) -> Json:
+def easel(done: ReplyDone) -> Json:
+    """What only this server has to tell of a reply."""
     first = done.seconds_to_first_text
     return {
         "canvases": done.canvases,
@@ -151,54 +178,34 @@ def _easel(done: ReplyDone) -> Json:
     }
 
 
-def _template_options(request: ChatRequest) -> Mapping[str, Any]:
-    options: Json = {"enable_thinking": request.reasoning_effort not in (None, "none")}
-    for name, value in (request.chat_template_kwargs or {}).items():
+def template_options(effort: str | None, given: Mapping[str, Any] | None) -> Json:
+    """Options of the chat template. Raises ApiError (400) for one that makes no sense."""
+    options: Json = {"enable_thinking": effort not in (None, "none")}
+    for name, value in (given or {}).items():
         if name == "enable_thinking" and not isinstance(value, bool):
             raise invalid("'enable_thinking' must be true or false", param="chat_template_kwargs.enable_thinking")
         options[name] = value
     return options
 
 
-def _template_messages(messages: list[Message]) -> Iterator[Json]:
-    """Messages as chat templates want them: string content, argument objects, named tool results."""
-    names: dict[str, str] = {}
+def template_messages(messages: Iterable[Message]) -> tuple[Json, ...]:
+    """Messages as chat templates want them."""
+    history = History()
     for message in messages:
-        result: Json = {"role": message.role, "content": _text(message.content)}
-        if message.name:
-            result["name"] = message.name
+        text = as_text(message.content)
         if isinstance(message, AssistantMessage):
-            reasoning = message.reasoning_content or message.reasoning
-            if reasoning:
-                result["reasoning_content"] = reasoning
-            if message.tool_calls:
-                result["tool_calls"] = [_template_call(call) for call in message.tool_calls]
-                names.update({call.id: call.function.name for call in message.tool_calls if call.id})
+            history.answer(text, reasoning=message.reasoning_content or message.reasoning or "", name=message.name)
+            for call in message.tool_calls or ():
+                history.call(call.id, call.function.name, call.function.arguments)
         elif isinstance(message, ToolMessage):
-            if message.tool_call_id:
-                result["tool_call_id"] = message.tool_call_id
-            result["name"] = names.get(message.tool_call_id or "") or message.name or "unknown"
-        yield result
+            history.result(message.tool_call_id, text, message.name)
+        else:
+            history.say(message.role, text, message.name)
+    return tuple(history.messages)
 
 
-def _text(content: Content | None) -> str:
+def as_text(content: Content | None) -> str:
+    """The text of a message's content: parts are paragraphs of it."""
     if content is None or isinstance(content, str):
         return content or ""
     return "\n".join(part.as_text or "" for part in content)
-
-
-def _template_call(call: HistoryToolCall) -> Json:
-    arguments: Any = call.function.arguments
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            arguments = {"value": arguments}
-    if arguments is None:
-        arguments = {}
-    elif not isinstance(arguments, dict):
-        arguments = {"value": arguments}
-    result: Json = {"type": "function", "function": {"name": call.function.name, "arguments": arguments}}
-    if call.id:
-        result["id"] = call.id
-    return result

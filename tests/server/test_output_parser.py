@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -28,14 +29,25 @@ def pieces(text: str) -> list[str | Marker]:
     return out + list(text[position:])
 
 
-def parse(text: str, opens_in: OpensIn = "content", *, tools: bool = True, group: int = 1) -> Parsed:
-    parser = OutputParser(opens_in, tools=tools)
+TOOLS: dict[str, Any] = {"get_weather": {"type": "object", "properties": {"city": {}, "days": {}}}, "f": {}}
+
+
+def parse(
+    text: str,
+    opens_in: OpensIn = "content",
+    *,
+    tools: bool = True,
+    raw: bool = False,
+    complete: bool = True,
+    group: int = 1,
+) -> Parsed:
+    parser = OutputParser(opens_in, tools=TOOLS if tools else None, raw=raw)
     everything = pieces(text)
     total = Parsed()
     for start in range(0, len(everything), group):
         parser.push(everything[start : start + group])
         add(total, parser.take())
-    add(total, parser.finish())
+    add(total, parser.finish(complete=complete))
     return total
 
 
@@ -76,7 +88,32 @@ CASES: list[tuple[str, OpensIn, str, str, int]] = [
     ("<|channel>thought\nI need a tool\n" + CALL, "content", "I need a tool", "", 1),
     (CALL.removesuffix("<tool_call|>") + "<turn|>", "content", "", "", 1),
     (CALL.removesuffix("<tool_call|>") + CALL, "content", "", "", 2),
-    (CALL.removesuffix("<tool_call|>"), "content", "", 'call:get_weather{city:"Paris",days:2}', 0),
+    (CALL.removesuffix("<tool_call|>"), "content", "", "", 1),
+    (CALL.removesuffix("}<tool_call|>"), "content", "", "", 1),
+    (CALL.removesuffix(",days:2}<tool_call|>").removesuffix('<|"|>') + "}<turn|>", "content", "", "", 1),
+    (CALL + "\n" + CALL + "\n", "content", "", "", 2),
+    (CALL + "\nDone.", "content", "", "\nDone.", 1),
+    ("<|tool_call>call:f{a:1}\ncall:f{a:2}<tool_call|>", "content", "", "", 2),
+    ("<|tool_call>call:f(a='b', ok=True)<tool_call|>", "content", "", "", 1),
+    ('<|tool_call>f{query="x"}<tool_call|>', "content", "", "", 1),
+    ("<|tool_call>call:f{a:1} and more<tool_call|>", "content", "", "call:f{a:1} and more", 0),
+    # without the marker, where content begins
+    ("call:f{a:1}", "content", "", "", 1),
+    ("call:f(a=1)\nThere.", "content", "", "There.", 1),
+    ("call:f{a:1}<tool_call|><|tool_response>noise", "content", "", "", 1),
+    (CALL.removeprefix("<|tool_call>"), "content", "", "", 1),
+    ("<|channel>thought\nhm\n<channel|>call:f{}", "content", "hm", "", 1),
+    ("<|channel>thought\nhm<channel|>\n\ncall:f{}" + CALL, "content", "hm", "", 2),
+    ("I call:f{a:1}", "content", "", "I call:f{a:1}", 0),
+    ("call:unknown{a:1}", "content", "", "call:unknown{a:1}", 0),
+    ("call:f", "content", "", "call:f", 0),
+    ("call:f{a}", "content", "", "call:f{a}", 0),
+    ("  call", "content", "", "  call", 0),
+    # a thought whose opening marker is missing
+    ("thought\nhm\n<channel|>Yes", "content", "hm", "Yes", 0),
+    ("thoughtful", "content", "", "thoughtful", 0),
+    ("Yes\nthought\nhm", "content", "", "Yes\nthought\nhm", 0),
+    ("<|channel>a<channel|>thought\nb", "content", "a", "thought\nb", 0),
     ("<|tool_call>nonsense<tool_call|>!", "content", "", "nonsense!", 0),
     ("<tool_call|>stray", "content", "", "stray", 0),
 ]
@@ -87,6 +124,34 @@ CASES: list[tuple[str, OpensIn, str, str, int]] = [
 def test_replies(text: str, opens_in: OpensIn, reasoning: str, content: str, calls: int, group: int) -> None:
     parsed = parse(text, opens_in, group=group)
     assert (parsed.reasoning, parsed.content, len(parsed.calls)) == (reasoning, content, calls)
+
+
+@pytest.mark.parametrize("group", [1, 5, 1000])
+@pytest.mark.parametrize("start", ["<|tool_call>", ""])
+def test_a_call_that_was_cut_is_text_wherever_it_was_cut(start: str, group: int) -> None:
+    written = CALL.removeprefix("<|tool_call>").removesuffix("<tool_call|>")
+    for length in range(len(written) + 1):
+        cut = written[:length]
+        if "<" in cut.replace('<|"|>', ""):
+            continue
+        parsed = parse(start + cut, complete=False, group=group)
+        assert not parsed.calls
+        assert parsed.content == cut.replace('<|"|>', '"' if start or "{" in cut else "")
+
+
+def test_arguments_are_typed_by_the_declared_schema() -> None:
+    schema = {"properties": {"zip": {"type": "string"}, "days": {"type": "integer"}}}
+    parser = OutputParser(tools={"f": schema})
+    parser.push(pieces('<|tool_call>call:f{zip:01234,days:<|"|>5<|"|>}<tool_call|>'))
+    (call,) = parser.take().calls
+    assert json.loads(call.arguments) == {"zip": "01234", "days": 5}
+
+
+def test_raw_text_is_not_sorted() -> None:
+    text = "<|channel>thought\nhm\n<channel|>Yes" + CALL + "<eos>noise"
+    parsed = parse(text, raw=True, tools=False)
+    assert (parsed.reasoning, parsed.calls) == ("", [])
+    assert parsed.content == "thought\nhm\nYescall:get_weather{city:Paris,days:2}"
 
 
 def test_a_call_without_declared_tools_is_shown_as_text() -> None:
@@ -108,21 +173,40 @@ def test_reasoning_tokens_include_the_markers() -> None:
     assert parser.reasoning_tokens == 4
 
 
+FRAGMENTS = [
+    *CONTROL, "thought\n", "thought", "a", "\n", " ", "call:f{", "call:f(", "call:", "f{", "}", ")", "]", "[", "k:1",
+    "k=", "'", '"', ",", "\\", "\ufffd", "漢",
+]  # fmt: skip
+
+
 @relaxed
 @given(
-    st.lists(st.sampled_from([*CONTROL, "thought\n", "a", "\n", "call:f{", "}", "k:1", "\ufffd"]), max_size=20).map(
-        "".join
-    ),
+    st.lists(st.sampled_from(FRAGMENTS), max_size=24).map("".join),
     st.integers(1, 9),
+    st.sampled_from(["content", "channel", "reasoning"]),
+    st.booleans(),
+    st.booleans(),
     st.booleans(),
 )
-def test_the_result_does_not_depend_on_the_cuts_and_no_marker_leaks(text: str, group: int, tools: bool) -> None:
-    whole, cut = parse(text, tools=tools, group=10_000), parse(text, tools=tools, group=group)
+def test_the_result_does_not_depend_on_the_cuts_and_no_marker_leaks(
+    text: str, group: int, opens_in: OpensIn, tools: bool, raw: bool, complete: bool
+) -> None:
+    whole = parse(text, opens_in, tools=tools, raw=raw, complete=complete, group=10_000)
+    cut = parse(text, opens_in, tools=tools, raw=raw, complete=complete, group=group)
     assert (cut.reasoning, cut.content, cut.calls) == (whole.reasoning, whole.content, whole.calls)
     shown = whole.reasoning + whole.content + "".join(call.arguments for call in whole.calls)
     assert not MARKERS.search(shown)
     for call in whole.calls:
         json.loads(call.arguments)
+        call.arguments.encode("utf-8")
+    (whole.reasoning + whole.content).encode("utf-8")
+
+
+@relaxed
+@given(st.text(max_size=30).filter(lambda text: not MARKERS.search(text)), st.integers(1, 9))
+def test_text_without_markers_is_never_lost(text: str, group: int) -> None:
+    if not text.startswith("thought\n") and "call:" not in text:
+        assert parse(text, group=group).content == text
 
 
 def stopped(text: str, stop: tuple[str, ...], group: int = 1) -> tuple[str, bool]:

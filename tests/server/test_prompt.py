@@ -275,3 +275,41 @@ def test_an_unfinished_character_becomes_the_replacement_character() -> None:
     detokenizer.push(PROMPTS.encode("漢")[0])
     assert detokenizer.finish() == ["\ufffd"]
     assert detokenizer.finish() == []
+
+
+# The part of Google's template for Gemma 4 that matters here: text of a message with calls comes after the results
+# and closes the turn, and a message of the model that follows another goes on in its turn.
+TEXT_LAST = """
+{%- for m in messages -%}
+{%- if m.role == 'user' -%}{{- '<|turn>user\\n' + m.content + '<turn|>\\n' -}}
+{%- elif m.role == 'assistant' -%}
+{%- if loop.previtem.role != 'assistant' -%}{{- '<|turn>model\\n' -}}{%- endif -%}
+{%- for c in m.tool_calls or [] -%}<|tool_call>call:{{ c.function.name }}{}<tool_call|>{%- endfor -%}
+{%- if m.tool_calls -%}<|tool_response>{{ loop.nextitem.content }}<tool_response|>{%- endif -%}
+{%- if m.content -%}{{ m.content }}{%- if m.tool_calls CLOSES -%}{{- '<turn|>\\n' -}}{%- endif -%}{%- endif -%}
+{%- endif -%}
+{%- endfor -%}
+"""
+SAID_AND_CALLED = [
+    user("Hi"),
+    {
+        "role": "assistant",
+        "content": "Let me see.",
+        "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {}}}],
+    },
+    {"role": "tool", "name": "f", "content": "sunny"},
+]
+
+
+@pytest.mark.parametrize(
+    ("closes", "rendered"),
+    [
+        ("", "Let me see.<|tool_call>call:f{}<tool_call|><|tool_response>sunny<tool_response|>"),
+        # closes the turn wherever the text stands: nothing is gained by moving it
+        ("or true", "<|tool_call>call:f{}<tool_call|><|tool_response>sunny<tool_response|>Let me see.<turn|>\n"),
+    ],
+)
+def test_what_was_said_before_a_call_stays_before_it(closes: str, rendered: str) -> None:
+    prompts = PromptRenderer(TOKENIZER, Template(TEXT_LAST.replace("CLOSES", closes)))
+    assert prompts.text(SAID_AND_CALLED).partition("<|turn>model\n")[2].rstrip() == rendered.rstrip()
+    assert PROMPTS.text(SAID_AND_CALLED) == TEMPLATE.apply_chat_template(SAID_AND_CALLED, add_generation_prompt=True)

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from server.dialects.chat_schema import ChatRequest, parse_chat_request
 from server.errors import ApiError
-from server.schema import ChatRequest, parse_chat_request
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 

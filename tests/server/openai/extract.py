@@ -15,8 +15,14 @@ from typing import Any
 
 import yaml
 
-PATHS = {"/chat/completions": ("post",), "/models": ("get",), "/models/{model}": ("get",)}
-ALSO = ("CreateChatCompletionStreamResponse", "ErrorResponse")  # described in prose only
+PATHS = {
+    "/chat/completions": ("post",),
+    "/completions": ("post",),
+    "/responses": ("post",),
+    "/models": ("get",),
+    "/models/{model}": ("get",),
+}
+ALSO = ("CreateChatCompletionStreamResponse", "ResponseStreamEvent", "ErrorResponse")  # described in prose only
 DROPPED = {"description", "summary", "x-oaiMeta", "example", "examples", "tags", "x-stainless-const", "externalDocs"}
 
 

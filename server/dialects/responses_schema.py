@@ -1,0 +1,276 @@
+"""The body of OpenAI's `POST /v1/responses`, checked and translated.
+
+Its input is a list of items: messages, calls, results and thoughts, each on its own. Knows their shapes, nothing of
+replies or of earlier responses. Invariant: what cannot be honoured is refused by name, as in every other format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+from server.dialects.chat_schema import CallId, as_result
+from server.dialects.history import History
+from server.schema import BRANCH, OPEN, UNSUPPORTED, MeansOff, Seed, TokenLimit, draw, off, refuse, refuse_unbuilt, zero
+
+Json = dict[str, Any]
+
+_UNSUPPORTED: Mapping[str, MeansOff] = {
+    **{name: means_off for name, means_off in UNSUPPORTED.items() if name != "top_logprobs"},
+    "top_logprobs": zero,
+    "background": off(False),
+    "conversation": off(),
+    "prompt": off(),
+    "context_management": off(),
+    "stop": off(),
+}
+_ITEMS = ("message", "function_call", "function_call_output", "reasoning")
+_TEXT_PARTS = ("input_text", "output_text", "text", "refusal", "reasoning_text", "summary_text")
+
+
+class Part(BaseModel):
+    """One part of an item's content."""
+
+    model_config = OPEN
+    type: str
+    text: str = ""
+    refusal: str = ""
+
+    @model_validator(mode="after")
+    def _only_text(self) -> Part:
+        if self.type not in _TEXT_PARTS:
+            raise refuse(f"content part of type {self.type[:40]}", "is not supported yet: this server reads text only")
+        return self
+
+
+def _content_kind(value: Any) -> str | None:
+    return "str" if isinstance(value, str) else "list" if isinstance(value, list) else None
+
+
+Content = Annotated[
+    Annotated[str, Tag("str")] | Annotated[list[Part], Tag("list")],
+    Discriminator(
+        _content_kind,
+        custom_error_type="content_type",
+        custom_error_message="must be a string or a list of content parts",
+    ),
+]
+
+
+class MessageItem(BaseModel):
+    """A message of anybody."""
+
+    model_config = OPEN
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Content
+
+
+class CallItem(BaseModel):
+    """A call the assistant made."""
+
+    model_config = OPEN
+    type: Literal["function_call"]
+    call_id: CallId
+    name: str
+    arguments: str
+
+
+class ResultItem(BaseModel):
+    """What a tool answered."""
+
+    model_config = OPEN
+    type: Literal["function_call_output"]
+    call_id: CallId
+    output: Annotated[Content, BeforeValidator(as_result)]
+
+
+class ReasoningItem(BaseModel):
+    """A thought of an earlier reply."""
+
+    model_config = OPEN
+    type: Literal["reasoning"]
+    content: list[Part] | None = None
+    summary: list[Part] | None = None
+
+
+class OtherItem(BaseModel):
+    """An item of any other type, a reference to an earlier one among them."""
+
+    model_config = OPEN
+    type: str
+
+    @model_validator(mode="after")
+    def _refuse(self) -> OtherItem:
+        raise refuse(f"item of type {self.type[:40]}", "is not supported")
+
+
+def _item_kind(value: Any) -> str | None:
+    if not isinstance(value, dict):
+        return None
+    kind = value.get("type") or ("message" if "role" in value else None)
+    if not isinstance(kind, str):
+        return None
+    return f"{BRANCH}{kind}" if kind in _ITEMS else "~other"
+
+
+Item = Annotated[
+    Annotated[MessageItem, Tag("~message")]
+    | Annotated[CallItem, Tag("~function_call")]
+    | Annotated[ResultItem, Tag("~function_call_output")]
+    | Annotated[ReasoningItem, Tag("~reasoning")]
+    | Annotated[OtherItem, Tag("~other")],
+    Discriminator(_item_kind, custom_error_type="item", custom_error_message="must be an object with a type or a role"),
+]
+
+
+def _input_kind(value: Any) -> str | None:
+    return "str" if isinstance(value, str) else "list" if isinstance(value, list) else None
+
+
+Input = Annotated[
+    Annotated[str, Tag("str")] | Annotated[list[Item], Tag("list")],
+    Discriminator(_input_kind, custom_error_type="input", custom_error_message="must be a string or a list of items"),
+]
+
+
+class FunctionTool(BaseModel):
+    """A tool, described flat."""
+
+    model_config = OPEN
+    type: str
+    name: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]{0,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _only_functions(self) -> FunctionTool:
+        if self.type != "function":
+            raise refuse(f"tool of type {self.type[:40]}", "is not supported: only function tools are")
+        if not self.name:
+            raise refuse("name", "is missing")
+        if self.strict:
+            raise refuse("strict", "is not supported yet: arguments are not constrained to the schema")
+        return self
+
+    def for_task(self) -> Json:
+        """In the form of chat completions."""
+        function: Json = {"name": self.name, "parameters": self.parameters or {}}
+        if self.description is not None:
+            function["description"] = self.description
+        return {"type": "function", "function": function}
+
+    def echoed(self) -> Json:
+        """As the response repeats it."""
+        return {
+            "type": "function",
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+            "strict": False,
+        }
+
+
+class Reasoning(BaseModel):
+    """Whether the model thinks; thoughts are given out whole, so a wish for a summary has no effect."""
+
+    model_config = OPEN
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    summary: str | None = None
+
+
+class TextOptions(BaseModel):
+    """The form of the text."""
+
+    model_config = OPEN
+    format: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _only_text(self) -> TextOptions:
+        if self.format and self.format.get("type") != "text":
+            raise refuse("format", "is supported as 'text' only, not yet as a schema")
+        return self
+
+
+class ResponsesRequest(BaseModel):
+    """The whole body."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    input: Input
+    instructions: str | None = None
+    model: str | None = None
+    previous_response_id: str | None = None
+    max_output_tokens: TokenLimit | None = None
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    top_k: Annotated[int, Field(ge=-1, lt=2**31, strict=True)] | None = None
+    seed: Seed | None = None
+    stream: bool | None = None
+    store: bool | None = None
+    tools: list[FunctionTool] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning: Reasoning | None = None
+    text: TextOptions | None = None
+    include: list[str] | None = None
+    metadata: dict[str, str] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_what_is_not_built(cls, data: Any) -> Any:
+        refuse_unbuilt(data, _UNSUPPORTED)
+        return data
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_built_either(self) -> ResponsesRequest:
+        if self.tool_choice is not None and self.tool_choice not in ("auto", "none"):
+            raise refuse("tool_choice", "is supported as 'auto' and 'none' only, not yet as 'required' or a named tool")
+        if "message.output_text.logprobs" in (self.include or ()):
+            raise refuse("include", "cannot give 'message.output_text.logprobs' yet")
+        return self
+
+    def draw(self) -> Json:
+        """How tokens are drawn, as `ChatTask` wants it."""
+        seed = None if self.seed is None else self.seed % 2**64
+        return {**draw(self.temperature, self.top_p, self.top_k), "seed": seed}
+
+
+def add_input(history: History, given: str | list[Item]) -> None:
+    """Add the input of a request to a conversation."""
+    if isinstance(given, str):
+        history.say("user", given)
+        return
+    for item in given:
+        if isinstance(item, CallItem):
+            history.call(item.call_id, item.name, item.arguments)
+        elif isinstance(item, ResultItem):
+            history.result(item.call_id, _text(item.output))
+        elif isinstance(item, ReasoningItem):
+            history.continue_answer(reasoning=_text(item.content or item.summary or []))
+        elif isinstance(item, MessageItem) and item.role == "assistant":
+            history.continue_answer(text=_text(item.content))
+        elif isinstance(item, MessageItem):
+            history.say(item.role, _text(item.content))
+
+
+def add_output(history: History, items: Iterable[Json]) -> None:
+    """Add what a response gave out, for the one that goes on from it."""
+    for item in items:
+        if item["type"] == "function_call":
+            history.call(item["call_id"], item["name"], item["arguments"])
+            continue
+        text = "\n".join(part["text"] for part in item["content"])
+        if item["type"] == "reasoning":
+            history.continue_answer(reasoning=text)
+        else:
+            history.continue_answer(text=text)
+
+
+def _text(content: str | list[Part]) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(part.refusal if part.type == "refusal" else part.text for part in content)

@@ -1,0 +1,109 @@
+"""The server that the clients are tried against: all of it but the model, whose replies are scripted.
+
+    python tests/clients/serve.py [RECORD_FOLDER]      # prints its address, then serves until its stdin closes
+
+What it says depends on the last thing the user said: a tool is called if there is one and it was not called yet;
+"think", "slow", "fail", "json" and "stop" do what they say; everything else is answered "It is sunny.".
+`GET /engine` tells what became of the requests. `POST /record/NAME` gives a name to the request bodies that follow;
+with a folder the first body per name and path, with tools and without, is kept in it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import uvicorn  # noqa: E402
+from starlette.requests import Request  # noqa: E402
+from starlette.responses import JSONResponse, Response  # noqa: E402
+from starlette.types import ASGIApp, Message, Receive, Scope, Send  # noqa: E402
+
+from engine import GenerationRequest  # noqa: E402
+from server.app import AppSettings, create_app  # noqa: E402
+from server.bridge import Bridge  # noqa: E402
+from server.chat import ChatService  # noqa: E402
+from server.prompt import PromptRenderer  # noqa: E402
+from tests.fakes import FakeEngine, Script, Template, byte_tokenizer, script  # noqa: E402
+
+TOKENIZER = byte_tokenizer()
+TEMPLATE = ROOT / "engine" / "demo" / "chat_template.jinja"
+CALL = '<|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>'
+CONTEXT = 20_000
+
+
+def say(request: GenerationRequest) -> Script:
+    """What the model answers to a prompt."""
+    prompt = TOKENIZER.decode(list(request.prompt_ids), skip_special_tokens=False)
+    asked = prompt.rpartition("<|turn>user")[2]
+    if "fail" in asked:
+        return script("a", reason="error", error="it failed")
+    if "slow" in asked:
+        return script(*["more "] * 500, step_seconds=0.02)
+    if "think" in asked:
+        return script("<|channel>thought\nhm", "m\n<channel|>", "It is ", "sunny.")
+    if "json" in asked.lower():
+        return script('```json\n{"city": "Paris", ', '"degrees": 21}\n```')
+    if "declaration:get_weather" in prompt and "<|tool_response>" not in asked:
+        return script("Let me see.", CALL[:30], CALL[30:], stop_id=50)
+    return script("It is ", "sunny.")
+
+
+class Recorder:
+    """Keeps the first request body of each name and path."""
+
+    def __init__(self, app: ASGIApp, folder: Path | None) -> None:
+        self._app, self._folder, self._name = app, folder, "unnamed"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope.get("path", "")
+        if path.startswith("/record/"):
+            self._name = path.removeprefix("/record/")
+            await Response()(scope, receive, send)
+            return
+        body = bytearray()
+
+        async def listen() -> Message:
+            message = await receive()
+            body.extend(message.get("body", b""))
+            return message
+
+        await self._app(scope, listen, send)
+        if self._folder is not None and body:
+            request = {"path": path, "body": json.loads(body)}
+            kind = "-tools" if request["body"].get("tools") else ""
+            target = self._folder / f"{self._name}{path.replace('/', '-')}{kind}.json"
+            if not target.exists():
+                target.write_text(json.dumps(request, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Serve until whoever started this closes its end."""
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
+    engine = FakeEngine(say, context_length=CONTEXT)
+    prompts = PromptRenderer(TOKENIZER, Template(TEMPLATE.read_text(encoding="utf-8")))
+    with Bridge(engine) as bridge:
+        app = create_app(ChatService(bridge, prompts, ["easel-demo"]), AppSettings(api_key="key"))
+
+        @app.get("/engine")
+        async def state(request: Request) -> Response:
+            return JSONResponse({"begun": len(engine.requests), "ended": len(engine.ended), "cut": engine.cancelled})
+
+        config = uvicorn.Config(Recorder(app, folder), port=0, log_level="error", lifespan="off")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        while not server.started:
+            thread.join(0.01)
+        print(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", flush=True)
+        sys.stdin.read()
+        server.should_exit = True
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
