@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
@@ -91,7 +90,9 @@ def _named(name: str, chip: int) -> Needs:
 def compile_all(chips: Iterable[int], pattern: str = "") -> list[Needs]:
     """Every case whose name contains `pattern`, for each of `chips` it may run on, in as many processes as there are
     processors."""
-    wanted = [(case.name, chip) for case in all_cases() for chip in chips if chip in case.chips and pattern in case.name]
+    wanted = [
+        (case.name, chip) for case in all_cases() for chip in chips if chip in case.chips and pattern in case.name
+    ]
     with ProcessPoolExecutor() as pool:  # a case holds a function of Triton's, which does not travel: its name does
         return list(pool.map(_named, *zip(*wanted, strict=True))) if wanted else []
 
@@ -108,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -13,16 +13,26 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
-from engine.kernels.grouped import FORMATS, Rows, Stored, launch_gated, launch_matmul, matmul_cases, row_tile, stored
+from engine.kernels.grouped import (
+    FORMATS,
+    ROW_TILES,
+    Rows,
+    Stored,
+    launch_gated,
+    launch_matmul,
+    matmul_cases,
+    row_tile,
+    stored,
+)
 from engine.kernels.routing import schedule
-from engine.kernels.tiles import halved
+from engine.kernels.tiles import halved, rounded, widened
 from engine.kernels.weights import Weight
 
 SUM_COLUMNS = 1024  # 2816 is 2.75 of these: enough programs at 256 rows, 8 loads of 16 bytes in flight a lane
 
 
 @triton.jit
-def sum_kernel(parts, weights, out, width, A: tl.constexpr, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+def sum_kernel(parts, weights, out, width, A: tl.constexpr, LANES: tl.constexpr):
     """out[row] = sum over a of weights[row, a] * parts[row * A + a], in float32."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * LANES + tl.arange(0, LANES)
@@ -30,8 +40,8 @@ def sum_kernel(parts, weights, out, width, A: tl.constexpr, LANES: tl.constexpr)
     total = tl.zeros((LANES,), tl.float32)
     for place in tl.static_range(A):
         part = tl.load(parts + (row * A + place) * width + columns, mask=live, other=0.0)
-        total += part.to(tl.float32) * tl.load(weights + row * A + place)
-    tl.store(out + row * width + columns, total.to(out.dtype.element_ty), mask=live)
+        total += widened(part) * tl.load(weights + row * A + place)
+    tl.store(out + row * width + columns, rounded(total, out.dtype.element_ty), mask=live)
 
 
 def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Weight, down: Weight) -> Tensor:
@@ -76,7 +86,7 @@ def cases() -> list[KernelCase]:
         case
         for form in FORMATS
         for gated, width in ((True, 2816), (False, 704))
-        for case in matmul_cases(form, width, gated=gated, routed=True)
+        for case in matmul_cases(form, width, ROW_TILES, gated=gated, routed=True)
     ]
     signature = {"parts": "*bf16:16", "weights": "*fp32:16", "out": "*bf16:16", "width": "i32:16"}
     summing = KernelCase(

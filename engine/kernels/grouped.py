@@ -9,7 +9,7 @@ DRAM reads it once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
-from engine.kernels.tiles import accumulate, gelu_tanh, load_x, row_factor
-from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, Weight
+from engine.kernels.tiles import accumulate, gelu_tanh, load_x, rounded, row_factor
+from engine.kernels.weights import INT4_GROUP, NVFP4_GROUP, Fp8Weight, Int4Weight, Nvfp4Weight, Weight, shape
 
 FORMATS = ("plain", "fp8", "nvfp4", "int4")
 # Shared memory a program may have, in bytes.
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, 121: 101376}
 # What one program should need: two fit a multiprocessor of 227 KiB, so that one computes while the other waits.
 SHARED_AIM = 98304
-ROW_TILES = (16, 32, 64, 128)
+ROW_TILES = (32, 64, 128)  # 16 would suit only fewer rows than a canvas has, and gain little there
 BITS = {"plain": 16, "fp8": 8, "nvfp4": 4, "int4": 4}
+GROUP = {"nvfp4": NVFP4_GROUP, "int4": INT4_GROUP}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,19 +46,31 @@ class Tiling:
     def constants(self) -> dict[str, int]:
         return {"BM": self.BM, "BN": self.BN, "BK": self.BK}
 
+    def divides(self, form: str, width: int) -> bool:
+        """Whether the kernel may leave out the test for the last columns. Quantised: never, so that one kernel serves
+        2816 columns and 704 and 2112, of which 128 is no divisor."""
+        return form == "plain" and width % self.BK == 0
+
 
 def tiling(form: str, bm: int, *, gated: bool) -> Tiling:
     """The tile for a format, and BM rows.
 
     BN is 64: the smallest that Hopper's matrix instruction takes, exact for 704 = 11 * 64 and 2816 = 44 * 64, and
     small enough that 128 experts give 1408 programs and more. Without GeGLU there is one matrix to read instead of
-    two, and BN is 128 so that a program has as many bytes in flight. BK is 64 for plain weights (128 bytes a row: a whole cache line)
-    and 128 for smaller ones (128 or 64 bytes a row). As many stages as the aim leaves room for, of 2 to 4: beyond that
-    there are more bytes in flight than the latency of DRAM needs. 128 rows need eight warps for their sums.
+    two, and BN is 128 so that a program has as many bytes in flight. BK is 64 for plain weights (128 bytes a row: a
+    whole cache line) and 128 for smaller ones (128 or 64 bytes a row), but 64 again from 64 rows on, where decoding
+    128 columns at a time runs out of registers on chips before Hopper and there is arithmetic enough to wait behind.
+    As many stages as the aim leaves room for, of 2 to 4: beyond that there are more bytes in flight than the latency
+    of DRAM needs. Four warps have too few registers for the sums of 128 rows, and for those of 64 beside decoded
+    weights.
     """
-    bn, bk = (64 if gated else 128), (64 if form == "plain" else 128)
+    bn, bk = (64 if gated else 128), (64 if form == "plain" or bm > 32 else 128)
     matrices = 2 if gated else 1
-    stage = matrices * bn * bk * BITS[form] // 8 + bm * bk * 2 + (matrices * bn * bk // 8 if form in ("nvfp4", "int4") else 0)
+    stage = (
+        matrices * bn * bk * BITS[form] // 8
+        + bm * bk * 2
+        + (matrices * bn * bk // 8 if form in ("nvfp4", "int4") else 0)
+    )
     return Tiling(BM=bm, BN=bn, BK=bk, warps=8 if bm == 128 else 4, stages=max(2, min(4, SHARED_AIM // stage)))
 
 
@@ -86,24 +99,23 @@ def stored(weight: Weight) -> Stored:
     weight does not divide by its group."""
     match weight:
         case Tensor():
-            form, values, scale, row_scale, per = "plain", weight, weight, weight, 1
+            form, values, scale, row_scale = "plain", weight, weight, weight
         case Fp8Weight(values, row_scale):
-            form, values, per = "fp8", values.view(torch.uint8), 1
+            form, values = "fp8", values.view(torch.uint8)
             scale = values
         case Nvfp4Weight(values, scale, row_scale):
-            form, scale, per = "nvfp4", scale.view(torch.uint8), 2
+            form, scale = "nvfp4", scale.view(torch.uint8)
         case Int4Weight(values, scale):
-            form, row_scale, per = "int4", values, 2
-    group = {"nvfp4": 16, "int4": 32}.get(form, 1)
-    out, width = values.shape[-2], values.shape[-1] * per
-    if scale.shape[-1] * group != width and per == 2:
-        raise ValueError(f"a {form} weight of {width} columns does not divide into groups of {group}")
-    experts = values.shape[0] if values.dim() == 3 else 1
+            form, row_scale = "int4", values
+    *stack, out, width = shape(weight)
+    if form in GROUP and scale.shape[-1] * GROUP[form] != width:
+        raise ValueError(f"a {form} weight of {width} columns does not divide into groups of {GROUP[form]}")
+    experts = stack[0] if stack else 1
     return Stored(form=form, values=values, scale=scale, row_scale=row_scale, out=out, width=width, experts=experts)
 
 
 @triton.jit
-def _tile_rows(order, expert, start, rows, count, BM: tl.constexpr, ROUTED: tl.constexpr):  # type: ignore[no-untyped-def]
+def _tile_rows(order, expert, start, rows, count, BM: tl.constexpr, ROUTED: tl.constexpr):
     """This tile's matrix, sorted positions, choices and which of them are live; a dead one is the tile's first."""
     tile = tl.program_id(0)
     lanes = tl.arange(0, BM)
@@ -122,7 +134,7 @@ def _tile_rows(order, expert, start, rows, count, BM: tl.constexpr, ROUTED: tl.c
 
 
 @triton.jit
-def gated_kernel(  # type: ignore[no-untyped-def]
+def gated_kernel(
     x, weight, scale, row_scale, order, expert, start, rows, hidden, count, width, K,
     A: tl.constexpr, FORMAT: tl.constexpr, HALVED: tl.constexpr, ROUTED: tl.constexpr, EVEN_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -147,11 +159,11 @@ def gated_kernel(  # type: ignore[no-untyped-def]
     if HALVED:
         column = (n % 2) * (width // 2) + n // 2
     out = hidden + position[None, :] * width + column[:, None]
-    tl.store(out, (gelu_tanh(gate) * up).to(hidden.dtype.element_ty), mask=live[None, :] & (n < width)[:, None])
+    tl.store(out, rounded(gelu_tanh(gate) * up, hidden.dtype.element_ty), mask=live[None, :] & (n < width)[:, None])
 
 
 @triton.jit
-def matmul_kernel(  # type: ignore[no-untyped-def]
+def matmul_kernel(
     x, weight, scale, row_scale, order, expert, start, rows, out, count, width, K,
     FORMAT: tl.constexpr, ROUTED: tl.constexpr, EVEN_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
@@ -169,7 +181,7 @@ def matmul_kernel(  # type: ignore[no-untyped-def]
         acc = accumulate(acc, x0, x1, weight, scale, weight_rows, k, K, FORMAT, BK, EVEN_K)
     acc *= row_factor(row_scale, weight_rows, FORMAT)
     pointers = out + choice[None, :] * width + n[:, None]
-    tl.store(pointers, acc.to(out.dtype.element_ty), mask=live[None, :] & (n < width)[:, None])
+    tl.store(pointers, rounded(acc, out.dtype.element_ty), mask=live[None, :] & (n < width)[:, None])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +210,7 @@ def launch_gated(x: Tensor, weight: Stored, rows: Rows, hidden: Tensor, bm: int,
     gated_kernel[(rows.tiles, triton.cdiv(width, tile.BN))](
         x, weight.values, weight.scale, weight.row_scale, rows.order, rows.expert, rows.start, rows.rows, hidden,
         rows.count, width, weight.width,
-        A=active, FORMAT=weight.form, HALVED=halve, ROUTED=rows.routed, EVEN_K=weight.width % tile.BK == 0,
+        A=active, FORMAT=weight.form, HALVED=halve, ROUTED=rows.routed, EVEN_K=tile.divides(weight.form, weight.width),
         **tile.constants, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -209,7 +221,7 @@ def launch_matmul(x: Tensor, weight: Stored, rows: Rows, out: Tensor, bm: int) -
     matmul_kernel[(rows.tiles, triton.cdiv(weight.out, tile.BN))](
         x, weight.values, weight.scale, weight.row_scale, rows.order, rows.expert, rows.start, rows.rows, out,
         rows.count, weight.out, weight.width,
-        FORMAT=weight.form, ROUTED=rows.routed, EVEN_K=weight.width % tile.BK == 0,
+        FORMAT=weight.form, ROUTED=rows.routed, EVEN_K=tile.divides(weight.form, weight.width),
         **tile.constants, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -222,19 +234,24 @@ POINTERS: Mapping[str, Mapping[str, str]] = {
 }
 
 
-def matmul_cases(form: str, width: int, *, gated: bool, routed: bool) -> list[KernelCase]:
+def matmul_cases(form: str, width: int, row_tiles: Sequence[int], *, gated: bool, routed: bool) -> list[KernelCase]:
     """Every row tile of one kernel for one format; `width` is K."""
     found = []
     index = "*i32" if routed else "*bf16:16"
-    for bm in ROW_TILES:
+    for bm in row_tiles:
         tile = tiling(form, bm, gated=gated)
-        constants: dict[str, Any] = {"FORMAT": form, "ROUTED": routed, "EVEN_K": width % tile.BK == 0, **tile.constants}
+        constants: dict[str, Any] = {
+            "FORMAT": form,
+            "ROUTED": routed,
+            "EVEN_K": tile.divides(form, width),
+            **tile.constants,
+        }
         if gated:
             constants |= {"A": 8 if routed else 1, "HALVED": form in ("nvfp4", "int4")}
         found.append(
             KernelCase(
                 name=f"{'experts' if routed else 'linear'}_{'gated' if gated else 'matmul'}"
-                f"[{form},{tile.BM}x{tile.BN}x{tile.BK}{'' if constants['EVEN_K'] else ',ragged'}]",
+                f"[{form},{tile.BM}x{tile.BN}x{tile.BK}]",
                 kernel=gated_kernel if gated else matmul_kernel,
                 signature={"x": "*bf16:16", **POINTERS[form], "order": index, "expert": index, "start": index}
                 | {"rows": index, ("hidden" if gated else "out"): "*bf16:16"}

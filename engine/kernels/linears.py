@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from engine.kernels.catalog import KernelCase
 from engine.kernels.grouped import (
     FORMATS,
-    ROW_TILES,
     Stored,
     consecutive,
     launch_gated,
@@ -24,21 +23,22 @@ from engine.kernels.grouped import (
     matmul_cases,
     stored,
 )
-from engine.kernels.tiles import gelu_tanh, halved
+from engine.kernels.tiles import gelu_tanh, halved, rounded, widened
 from engine.kernels.weights import Weight
 
 GEGLU_COLUMNS = 1024
+ROW_TILES = (64, 128)
 
 
 @triton.jit
-def geglu_kernel(gate_up, out, width, LANES: tl.constexpr):  # type: ignore[no-untyped-def]
+def geglu_kernel(gate_up, out, width, LANES: tl.constexpr):
     """out[row] = gelu_tanh(gate_up[row, :width]) * gate_up[row, width:]."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * LANES + tl.arange(0, LANES)
     live = columns < width
-    gate = tl.load(gate_up + row * 2 * width + columns, mask=live, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + (row * 2 + 1) * width + columns, mask=live, other=0.0).to(tl.float32)
-    tl.store(out + row * width + columns, (gelu_tanh(gate) * up).to(out.dtype.element_ty), mask=live)
+    gate = widened(tl.load(gate_up + row * 2 * width + columns, mask=live, other=0.0))
+    up = widened(tl.load(gate_up + (row * 2 + 1) * width + columns, mask=live, other=0.0))
+    tl.store(out + row * width + columns, rounded(gelu_tanh(gate) * up, out.dtype.element_ty), mask=live)
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -73,8 +73,7 @@ def _matmul(ordered: Tensor, weight: Stored) -> Tensor:
 def _row_tile(rows: int) -> int:
     """64 up to 512 rows, although the weights are then decoded by several programs: a [2816, 2112] matrix has only 22
     tiles of 128 outputs, and with 128 rows a tile most of a large chip would have no work."""
-    fitting = (tile for tile in ROW_TILES if tile >= rows)
-    return next(fitting, 64 if rows <= 512 else 128)
+    return 64 if rows <= 512 else 128
 
 
 def _geglu(gate_up: Tensor) -> Tensor:
@@ -85,13 +84,13 @@ def _geglu(gate_up: Tensor) -> Tensor:
 
 
 def cases() -> list[KernelCase]:
-    """Widths of the model: 2816, 4096, 8192 divide by every BK; the dense MLP's 2112 does not divide by 128."""
+    """Quantised formats only; every width is the same kernel."""
     found = [
         case
         for form in FORMATS
         if form != "plain"
-        for gated, width in ((True, 2816), (False, 2816), (False, 2112))
-        for case in matmul_cases(form, width, gated=gated, routed=False)
+        for gated in (True, False)
+        for case in matmul_cases(form, 2816, ROW_TILES, gated=gated, routed=False)
     ]
     signature = {"gate_up": "*bf16:16", "out": "*bf16:16", "width": "i32:16"}
     geglu = KernelCase(

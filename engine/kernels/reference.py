@@ -18,15 +18,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.kernels.weights import Weight, dense, expert, shape
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension. x [..., D]; weight float32 [D], None = ones; same dtype as x."""
     return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Weight) -> Tensor:
     """x [R, in] @ weight [out, in] transposed -> [R, out]."""
-    return F.linear(x, weight)
+    return F.linear(x, dense(weight, x.dtype))
 
 
 def qkv_norm_rope(
@@ -87,9 +89,9 @@ def attention_denoise(
     return torch.cat(out).reshape(slots, heads, length, head_dim).transpose(1, 2).reshape(slots, length, -1)
 
 
-def gated_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def gated_mlp(x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     """down(gelu_tanh(gate(x)) * up(x)). x [R, M]; gate_up [2I, M], gate rows first; down [M, I]; returns [R, M]."""
-    return F.linear(_gate(F.linear(x, gate_up)), down)
+    return linear(_gate(linear(x, gate_up)), down)
 
 
 def route(
@@ -104,25 +106,26 @@ def route(
     return best / best.sum(dim=-1, keepdim=True) * expert_scale[experts], experts
 
 
-def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     """Weighted sum of the chosen experts' gated MLPs. x [R, M]; weights, chosen [R, A] as `route` returns them;
     gate_up [E, 2F, M], gate rows first; down [E, M, F]; returns [R, M].
 
-    Rows are sorted by expert, so each expert that is chosen is one pair of matmuls and the others cost nothing.
+    Rows are sorted by expert, so each expert that is chosen is one pair of matmuls and the others cost nothing;
+    a quantised expert is made dense just for these.
     """
     rows, active = chosen.shape
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
     gathered = x[order // active]  # [R * A, M]
-    sizes = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
-    hidden = x.new_empty(rows * active, gate_up.shape[1])
-    spans = [(expert, end - size, end) for expert, size, end in _running(sizes) if size]
-    for expert, start, end in spans:
-        torch.mm(gathered[start:end], gate_up[expert].t(), out=hidden[start:end])
+    sizes = torch.bincount(flat, minlength=shape(gate_up)[0]).tolist()
+    hidden = x.new_empty(rows * active, shape(gate_up)[1])
+    spans = [(index, end - size, end) for index, size, end in _running(sizes) if size]
+    for index, start, end in spans:
+        torch.mm(gathered[start:end], dense(expert(gate_up, index), x.dtype).t(), out=hidden[start:end])
     hidden = _gate(hidden)
     result = torch.empty_like(gathered)
-    for expert, start, end in spans:
-        torch.mm(hidden[start:end], down[expert].t(), out=result[start:end])
+    for index, start, end in spans:
+        torch.mm(hidden[start:end], dense(expert(down, index), x.dtype).t(), out=result[start:end])
     unsorted = torch.empty_like(result).index_copy_(0, order, result).view(rows, active, -1)
     return (unsorted * weights[..., None]).sum(dim=1).to(x.dtype)
 
@@ -160,13 +163,13 @@ class Ops:
     """One implementation of every op; the functions of this file say what each must compute."""
 
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
-    linear: Callable[[Tensor, Tensor], Tensor]
+    linear: Callable[[Tensor, Weight], Tensor]
     qkv_norm_rope: Callable[[Tensor, Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor, Tensor]]
     attention_commit: Callable[[Tensor, Tensor, Tensor, int | None], Tensor]
     attention_denoise: Callable[[Tensor, Tensor, Tensor, Sequence[tuple[Tensor, Tensor]]], Tensor]
-    gated_mlp: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gated_mlp: Callable[[Tensor, Weight, Weight], Tensor]
     route: Callable[[Tensor, Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor]]
-    experts: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    experts: Callable[[Tensor, Tensor, Tensor, Weight, Weight], Tensor]
     logits: Callable[[Tensor, Tensor, float], Tensor]
     soft_embedding: Callable[[Tensor, Tensor, float], Tensor]
 

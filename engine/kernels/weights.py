@@ -69,3 +69,39 @@ def _nibbles(packed: Tensor) -> Tensor:
     """uint8 [..., n] -> int64 [..., 2n], low nibble first."""
     pairs = torch.stack((packed & 15, packed >> 4), dim=-1)
     return pairs.flatten(-2).long()
+
+
+def plain(weight: Weight) -> Tensor:
+    """The tensor of a weight that is never quantised: a norm, a scale, the embedding."""
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"expected a plain tensor, not a {type(weight).__name__}")
+    return weight
+
+
+def shape(weight: Weight) -> tuple[int, ...]:
+    """Shape of the matrix that a stored weight stands for, [..., out, in]."""
+    match weight:
+        case Tensor():
+            return tuple(weight.shape)
+        case Fp8Weight(values, _):
+            return tuple(values.shape)
+        case Nvfp4Weight(packed, _, _) | Int4Weight(packed, _):
+            return (*packed.shape[:-1], 2 * packed.shape[-1])
+
+
+def expert(weight: Weight, index: int) -> Weight:
+    """The matrix [out, in] of one expert, a view of [E, out, in]."""
+    match weight:
+        case Tensor():
+            return weight[index]
+        case Fp8Weight(values, row_scale):
+            return Fp8Weight(values[index], row_scale[index])
+        case Nvfp4Weight(packed, block_scale, row_scale):
+            return Nvfp4Weight(packed[index], block_scale[index], row_scale[index])
+        case Int4Weight(packed, group_scale):
+            return Int4Weight(packed[index], group_scale[index])
+
+
+def nbytes(weight: Weight) -> int:
+    """Bytes a stored weight takes."""
+    return weight.nbytes if isinstance(weight, Tensor) else sum(part.nbytes for part in vars(weight).values())
