@@ -4,6 +4,7 @@
 #   make test-clients                             other people's clients against the server; installs them first
 #   make check                                    ruff, ruff format, mypy --strict, import contracts
 #   make bench [ARGS="--requests 5"]              speed of the bundled demo model on this machine
+#   make kernels [ARGS="--chip 89"]               what every GPU kernel needs on every chip; takes no GPU
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
@@ -19,16 +20,19 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --pro
 FAILED := { grep -v '^WARNING' $(LOG) | tail -n 15 >&2; echo "The installation failed; all of it is in $(LOG)." >&2; exit 1; }
 
 .NOTPARALLEL:
-.PHONY: help serve test test-clients check bench clean
+.PHONY: help serve test test-clients check bench kernels clean
 
 help:
-	@sed -n '2,6s/^#   //p' Makefile
+	@sed -n '2,7s/^#   //p' Makefile
 
 serve: $(STAMP)-run
 	@exec $(BIN)/easel serve $(if $(PORT),--port $(PORT)) $(ARGS)
 
 bench: $(STAMP)-run
 	@$(BIN)/easel bench $(ARGS)
+
+kernels: $(STAMP)-run
+	@$(BIN)/python -m engine.kernels.ahead_of_time $(ARGS)
 
 test: $(STAMP)-test
 	$(BIN)/python -m pytest $(ARGS)

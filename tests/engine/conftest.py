@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports triton, which reads it once
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from tests.engine.small_models import write_checkpoint
 

@@ -1,0 +1,112 @@
+"""Compiles kernels for chips that are not here and says what they need: `python -m engine.kernels.ahead_of_time`.
+
+Needs no GPU. Registers and spills are what Triton's own assembler reports of the machine code; a kernel that does not
+compile or does not fit a chip's shared memory makes the command fail. Launches nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engine.kernels import experts, linears, routing
+from engine.kernels.catalog import KernelCase
+from engine.kernels.grouped import SHARED_LIMIT
+
+MODULES: tuple[Callable[[], list[KernelCase]], ...] = (routing.cases, experts.cases, linears.cases)
+CHIPS = tuple(SHARED_LIMIT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Needs:
+    """What one kernel needs on one chip. Registers and spills are None where the tools to ask are missing."""
+
+    name: str
+    chip: int
+    shared: int  # bytes
+    registers: int | None  # of a thread
+    spilled: int | None  # bytes of a thread
+
+
+def all_cases() -> list[KernelCase]:
+    """Every kernel of every module. ValueError if two have one name."""
+    found = [case for cases in MODULES for case in cases()]
+    names = [case.name for case in found]
+    if len(set(names)) != len(names):
+        raise ValueError(f"two kernels are called {next(name for name in names if names.count(name) > 1)}")
+    return found
+
+
+def compile_case(case: KernelCase, chip: int) -> Needs:
+    """Compile for one chip. Raises what Triton raises; ValueError if shared memory exceeds the chip's limit."""
+    signature = {name: kind.partition(":")[0] for name, kind in case.signature.items()}
+    signature |= dict.fromkeys(case.constants, "constexpr")
+    order = case.kernel.arg_names
+    aligned = [name for name, kind in case.signature.items() if kind.endswith(":16")]
+    source = ASTSource(
+        fn=case.kernel,
+        signature={name: signature[name] for name in order},
+        constexprs=dict(case.constants),
+        attrs={(order.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+    shared = int(compiled.metadata.shared)
+    if shared > SHARED_LIMIT[chip]:
+        raise ValueError(f"{case.name} needs {shared} bytes of shared memory, sm_{chip} has {SHARED_LIMIT[chip]}")
+    registers, spilled = _resources(compiled.asm["cubin"])
+    return Needs(name=case.name, chip=chip, shared=shared, registers=registers, spilled=spilled)
+
+
+def _resources(cubin: bytes) -> tuple[int | None, int | None]:
+    spec = find_spec("triton.backends.nvidia")
+    assert spec is not None and spec.submodule_search_locations
+    tool = Path(next(iter(spec.submodule_search_locations))) / "bin" / "cuobjdump"
+    if not tool.exists():
+        return None, None
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        told = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=False)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", told.stdout)
+    return (int(found[1]), int(found[2])) if found else (None, None)
+
+
+def _named(name: str, chip: int) -> Needs:
+    return compile_case(next(case for case in all_cases() if case.name == name), chip)
+
+
+def compile_all(chips: Iterable[int], pattern: str = "") -> list[Needs]:
+    """Every case whose name contains `pattern`, for each of `chips` it may run on, in as many processes as there are
+    processors."""
+    wanted = [
+        (case.name, chip) for case in all_cases() for chip in chips if chip in case.chips and pattern in case.name
+    ]
+    with ProcessPoolExecutor() as pool:  # a case holds a function of Triton's, which does not travel: its name does
+        return list(pool.map(_named, *zip(*wanted, strict=True))) if wanted else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--chip", type=int, action="append", choices=CHIPS, help="default: all")
+    parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    given = parser.parse_args()
+    print(f"{'kernel':<52} {'chip':>5} {'registers':>9} {'spilled':>7} {'shared':>7}")
+    for needs in compile_all(given.chip or CHIPS, given.kernel):
+        registers, spilled = (("?" if value is None else value) for value in (needs.registers, needs.spilled))
+        print(f"{needs.name:<52} {needs.chip:>5} {registers:>9} {spilled:>7} {needs.shared:>7}")
+
+
+if __name__ == "__main__":
+    main()

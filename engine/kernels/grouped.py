@@ -1,0 +1,264 @@
+"""The two matmul kernels, over tiles of rows that each use one matrix of a stack: with GeGLU, and plain.
+
+`experts` launches them over a routing schedule; `linears` over consecutive rows and a single matrix. Says also which
+tile sizes to use. Knows weights only as pointers and a format.
+
+Invariant: tiles of rows are the fastest grid axis, so the tiles that share a piece of weights run side by side and
+DRAM reads it once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.catalog import KernelCase
+from engine.kernels.tiles import accumulate, gelu_tanh, load_x, rounded, row_factor
+from engine.kernels.weights import INT4_GROUP, NVFP4_GROUP, Fp8Weight, Int4Weight, Nvfp4Weight, Weight, shape
+
+FORMATS = ("plain", "fp8", "nvfp4", "int4")
+# Shared memory a program may have, in bytes.
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, 121: 101376}
+# What one program should need: two fit a multiprocessor of 227 KiB, so that one computes while the other waits.
+SHARED_AIM = 98304
+ROW_TILES = (32, 64, 128)  # 16 would suit only fewer rows than a canvas has, and gain little there
+BITS = {"plain": 16, "fp8": 8, "nvfp4": 4, "int4": 4}
+GROUP = {"nvfp4": NVFP4_GROUP, "int4": INT4_GROUP}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """Sizes of one program's tile: BM rows of x, BN of the weights, BK columns at a time."""
+
+    BM: int
+    BN: int
+    BK: int
+    warps: int
+    stages: int
+
+    @property
+    def constants(self) -> dict[str, int]:
+        return {"BM": self.BM, "BN": self.BN, "BK": self.BK}
+
+    def divides(self, form: str, width: int) -> bool:
+        """Whether the kernel may leave out the test for the last columns. Quantised: never, so that one kernel serves
+        2816 columns and 704 and 2112, of which 128 is no divisor."""
+        return form == "plain" and width % self.BK == 0
+
+
+def tiling(form: str, bm: int, *, gated: bool) -> Tiling:
+    """The tile for a format, and BM rows.
+
+    BN is 64: the smallest that Hopper's matrix instruction takes, exact for 704 = 11 * 64 and 2816 = 44 * 64, and
+    small enough that 128 experts give 1408 programs and more. Without GeGLU there is one matrix to read instead of
+    two, and BN is 128 so that a program has as many bytes in flight. BK is 64 for plain weights (128 bytes a row: a
+    whole cache line) and 128 for smaller ones (128 or 64 bytes a row), but 64 again from 64 rows on, where decoding
+    128 columns at a time runs out of registers on chips before Hopper and there is arithmetic enough to wait behind.
+    As many stages as the aim leaves room for, of 2 to 4: beyond that there are more bytes in flight than the latency
+    of DRAM needs. Four warps have too few registers for the sums of 128 rows, and for those of 64 beside decoded
+    weights.
+    """
+    bn, bk = (64 if gated else 128), (64 if form == "plain" or bm > 32 else 128)
+    matrices = 2 if gated else 1
+    stage = (
+        matrices * bn * bk * BITS[form] // 8
+        + bm * bk * 2
+        + (matrices * bn * bk // 8 if form in ("nvfp4", "int4") else 0)
+    )
+    return Tiling(BM=bm, BN=bn, BK=bk, warps=8 if bm == 128 else 4, stages=max(2, min(4, SHARED_AIM // stage)))
+
+
+def row_tile(rows: int, experts: int) -> int:
+    """BM for `rows` rows spread over `experts` matrices: the smallest that holds the average with half as much again,
+    because a second tile of an expert decodes its weights a second time."""
+    wanted = rows * 3 // (2 * experts)
+    return next((tile for tile in ROW_TILES if tile >= wanted), ROW_TILES[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A weight as the kernels take it. Pointers a format does not have are its values again."""
+
+    form: str
+    values: Tensor
+    scale: Tensor
+    row_scale: Tensor
+    out: int  # rows of one matrix
+    width: int  # columns of one matrix
+    experts: int
+
+
+def stored(weight: Weight) -> Stored:
+    """weight [out, in] or [E, out, in], contiguous; bytes are handed over as uint8. ValueError if `in` of a 4-bit
+    weight does not divide by its group."""
+    match weight:
+        case Tensor():
+            form, values, scale, row_scale = "plain", weight, weight, weight
+        case Fp8Weight(values, row_scale):
+            form, values = "fp8", values.view(torch.uint8)
+            scale = values
+        case Nvfp4Weight(values, scale, row_scale):
+            form, scale = "nvfp4", scale.view(torch.uint8)
+        case Int4Weight(values, scale):
+            form, row_scale = "int4", values
+    *stack, out, width = shape(weight)
+    if form in GROUP and scale.shape[-1] * GROUP[form] != width:
+        raise ValueError(f"a {form} weight of {width} columns does not divide into groups of {GROUP[form]}")
+    experts = stack[0] if stack else 1
+    return Stored(form=form, values=values, scale=scale, row_scale=row_scale, out=out, width=width, experts=experts)
+
+
+@triton.jit
+def _tile_rows(order, expert, start, rows, count, BM: tl.constexpr, ROUTED: tl.constexpr):
+    """This tile's matrix, sorted positions, choices and which of them are live; a dead one is the tile's first."""
+    tile = tl.program_id(0)
+    lanes = tl.arange(0, BM)
+    if ROUTED:
+        first = tl.load(start + tile)
+        live = lanes < tl.load(rows + tile)
+        position = first + tl.where(live, lanes, 0)
+        matrix = tl.load(expert + tile).to(tl.int64)
+        choice = tl.load(order + position)
+    else:
+        live = tile * BM + lanes < count
+        position = tl.where(live, tile * BM + lanes, 0)
+        matrix = tile.to(tl.int64) * 0
+        choice = position
+    return matrix, position.to(tl.int64), choice.to(tl.int64), live
+
+
+@triton.jit
+def gated_kernel(
+    x, weight, scale, row_scale, order, expert, start, rows, hidden, count, width, K,
+    A: tl.constexpr, FORMAT: tl.constexpr, HALVED: tl.constexpr, ROUTED: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """hidden[position] = gelu_tanh(gate(x[row])) * up(x[row]); weight [E, 2 * width, K], gate rows first."""
+    if ROUTED:
+        if tl.load(rows + tl.program_id(0)) == 0:
+            return
+    matrix, position, choice, live = _tile_rows(order, expert, start, rows, count, BM, ROUTED)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    gate_rows = matrix * 2 * width + tl.minimum(n, width - 1)
+    up_rows = gate_rows + width
+    gate = tl.zeros((BN, BM), tl.float32)
+    up = tl.zeros((BN, BM), tl.float32)
+    for k in range(0, K, BK):
+        x0, x1 = load_x(x, choice // A, k, K, FORMAT, BK, EVEN_K)
+        gate = accumulate(gate, x0, x1, weight, scale, gate_rows, k, K, FORMAT, BK, EVEN_K)
+        up = accumulate(up, x0, x1, weight, scale, up_rows, k, K, FORMAT, BK, EVEN_K)
+    gate *= row_factor(row_scale, gate_rows, FORMAT)
+    up *= row_factor(row_scale, up_rows, FORMAT)
+    column = n
+    if HALVED:
+        column = (n % 2) * (width // 2) + n // 2
+    out = hidden + position[None, :] * width + column[:, None]
+    tl.store(out, rounded(gelu_tanh(gate) * up, hidden.dtype.element_ty), mask=live[None, :] & (n < width)[:, None])
+
+
+@triton.jit
+def matmul_kernel(
+    x, weight, scale, row_scale, order, expert, start, rows, out, count, width, K,
+    FORMAT: tl.constexpr, ROUTED: tl.constexpr, EVEN_K: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """out[choice] = weight @ x[position]; weight [E, width, K]."""
+    if ROUTED:
+        if tl.load(rows + tl.program_id(0)) == 0:
+            return
+    matrix, position, choice, live = _tile_rows(order, expert, start, rows, count, BM, ROUTED)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    weight_rows = matrix * width + tl.minimum(n, width - 1)
+    acc = tl.zeros((BN, BM), tl.float32)
+    for k in range(0, K, BK):
+        x0, x1 = load_x(x, position, k, K, FORMAT, BK, EVEN_K)
+        acc = accumulate(acc, x0, x1, weight, scale, weight_rows, k, K, FORMAT, BK, EVEN_K)
+    acc *= row_factor(row_scale, weight_rows, FORMAT)
+    pointers = out + choice[None, :] * width + n[:, None]
+    tl.store(pointers, rounded(acc, out.dtype.element_ty), mask=live[None, :] & (n < width)[:, None])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """Where a launch's tiles of rows come from: a routing schedule's tensors, or `count` consecutive rows."""
+
+    order: Tensor
+    expert: Tensor
+    start: Tensor
+    rows: Tensor
+    count: int
+    tiles: int
+    routed: bool
+
+
+def consecutive(x: Tensor, bm: int) -> Rows:
+    """All rows of x [R, K]. The pointers are not read."""
+    count = x.shape[0]
+    return Rows(order=x, expert=x, start=x, rows=x, count=count, tiles=triton.cdiv(count, bm), routed=False)
+
+
+def launch_gated(x: Tensor, weight: Stored, rows: Rows, hidden: Tensor, bm: int, *, active: int, halve: bool) -> None:
+    """x [R, K] (halved if the format wants it), hidden [positions, width]; `active` choices are made by a row."""
+    tile = tiling(weight.form, bm, gated=True)
+    width = weight.out // 2
+    gated_kernel[(rows.tiles, triton.cdiv(width, tile.BN))](
+        x, weight.values, weight.scale, weight.row_scale, rows.order, rows.expert, rows.start, rows.rows, hidden,
+        rows.count, width, weight.width,
+        A=active, FORMAT=weight.form, HALVED=halve, ROUTED=rows.routed, EVEN_K=tile.divides(weight.form, weight.width),
+        **tile.constants, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def launch_matmul(x: Tensor, weight: Stored, rows: Rows, out: Tensor, bm: int) -> None:
+    """x [positions, K] (halved if the format wants it), out [choices, width]."""
+    tile = tiling(weight.form, bm, gated=False)
+    matmul_kernel[(rows.tiles, triton.cdiv(weight.out, tile.BN))](
+        x, weight.values, weight.scale, weight.row_scale, rows.order, rows.expert, rows.start, rows.rows, out,
+        rows.count, weight.out, weight.width,
+        FORMAT=weight.form, ROUTED=rows.routed, EVEN_K=tile.divides(weight.form, weight.width),
+        **tile.constants, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+POINTERS: Mapping[str, Mapping[str, str]] = {
+    "plain": {"weight": "*bf16:16", "scale": "*bf16:16", "row_scale": "*bf16:16"},
+    "fp8": {"weight": "*u8:16", "scale": "*u8:16", "row_scale": "*fp32:16"},
+    "nvfp4": {"weight": "*u8:16", "scale": "*u8:16", "row_scale": "*fp32:16"},
+    "int4": {"weight": "*u8:16", "scale": "*bf16:16", "row_scale": "*u8:16"},
+}
+
+
+def matmul_cases(form: str, width: int, row_tiles: Sequence[int], *, gated: bool, routed: bool) -> list[KernelCase]:
+    """Every row tile of one kernel for one format; `width` is K."""
+    found = []
+    index = "*i32" if routed else "*bf16:16"
+    for bm in row_tiles:
+        tile = tiling(form, bm, gated=gated)
+        constants: dict[str, Any] = {
+            "FORMAT": form,
+            "ROUTED": routed,
+            "EVEN_K": tile.divides(form, width),
+            **tile.constants,
+        }
+        if gated:
+            constants |= {"A": 8 if routed else 1, "HALVED": form in ("nvfp4", "int4")}
+        found.append(
+            KernelCase(
+                name=f"{'experts' if routed else 'linear'}_{'gated' if gated else 'matmul'}"
+                f"[{form},{tile.BM}x{tile.BN}x{tile.BK}]",
+                kernel=gated_kernel if gated else matmul_kernel,
+                signature={"x": "*bf16:16", **POINTERS[form], "order": index, "expert": index, "start": index}
+                | {"rows": index, ("hidden" if gated else "out"): "*bf16:16"}
+                | {"count": "i32", "width": "i32:16", "K": "i32:16"},
+                constants=constants,
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+            )
+        )
+    return found

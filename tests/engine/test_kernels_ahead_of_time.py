@@ -1,0 +1,37 @@
+"""Every kernel compiles for every chip and fits its shared memory: checked by the command itself.
+
+In a process of its own, because these tests' process may interpret Triton instead of compiling it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CHIPS = (80, 86, 89, 90, 100, 120, 121)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    told = subprocess.run(
+        [sys.executable, "-m", "engine.kernels.ahead_of_time"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert told.returncode == 0, told.stderr[-3000:]
+    rows = [line.rsplit(maxsplit=4) for line in told.stdout.splitlines()[1:]]
+    per_chip = {chip: {row[0] for row in rows if row[1] == str(chip)} for chip in CHIPS}
+    assert len(per_chip[90]) > 40
+    assert all(names == per_chip[90] for names in per_chip.values())
+    spills = {row[0]: row[3] for row in rows if row[3] not in ("0", "?") and int(row[3]) > 64}
+    assert not spills
