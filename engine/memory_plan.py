@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from engine.config import ModelConfig
 from engine.formats import Choice, Layout, layout
+from engine.interface import CheckpointError
 from engine.pages import PAGE, pages_of_a_slot
 
 GB = 1e9
@@ -95,11 +96,16 @@ def plan_memory(
 
 
 def plans(config: ModelConfig, *, itemsize: int = 2, gpu: bool = True) -> tuple[MemoryPlan, ...]:
-    """One plan for each format that an unquantised checkpoint can be loaded in."""
-    return tuple(
-        plan_memory(config, layout(config, choice=choice), name=name, itemsize=itemsize, gpu=gpu)
-        for name, choice in CHOICES.items()
-    )
+    """One plan for each format that an unquantised checkpoint can be loaded in: groups of columns that share a scale
+    must divide its matrices, so a small model may have no plan for some."""
+    found = []
+    for name, choice in CHOICES.items():
+        try:
+            weights = layout(config, choice=choice)
+        except CheckpointError:
+            continue
+        found.append(plan_memory(config, weights, name=name, itemsize=itemsize, gpu=gpu))
+    return tuple(found)
 
 
 def usable(card: int) -> int:
