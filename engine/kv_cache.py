@@ -26,7 +26,6 @@ class KVCache:
     def __init__(self, pools: dict[str, PagePool], capacity: int, kept: int) -> None:
         self.capacity = capacity
         self.pages = {kind: SlotPages(pool) for kind, pool in pools.items()}
-        self.version = 0  # changes whenever a page table does
         self._kept = kept  # positions that a sliding layer can still need
         self._length = 0
 
@@ -37,10 +36,9 @@ class KVCache:
 
     def reserve(self, count: int) -> None:
         """Have pages for `count` positions behind the committed ones; free those the window has left."""
-        changed = self.pages["sliding"].release_before(self._length - self._kept)
+        self.pages["sliding"].release_before(self._length - self._kept)
         for pages in self.pages.values():
-            changed |= pages.reserve(self._length + count)
-        self.version += changed
+            pages.reserve(self._length + count)
 
     def advance(self, count: int) -> None:
         """Count `count` positions, which every layer has written, as committed."""
@@ -53,7 +51,6 @@ class KVCache:
         for pages in self.pages.values():
             pages.clear()
         self._length = 0
-        self.version += 1
 
 
 class KVPool:
