@@ -70,7 +70,8 @@ class Canvas:
     @property
     def shaped(self) -> bool:
         """Whether the request asks for another draw than the model's own."""
-        return (self.sampling.temperature, self.sampling.top_k, self.sampling.top_p) != (1.0, 0, 1.0)
+        sampling = self.sampling
+        return (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) != (1.0, 0, 1.0, 0.0)
 
 
 class Denoiser:
@@ -105,7 +106,7 @@ class Denoiser:
         self._passes, self._unchanged = state(slots), state(slots)
         self._noise_ids = state(slots, passes + 1, canvas_length)
         self._uniforms = state(slots, passes + 1, canvas_length, dtype=torch.float32)
-        self._request_temperature, self._top_p = (state(slots, dtype=torch.float32) for _ in range(2))
+        self._request_temperature, self._top_p, self._min_p = (state(slots, dtype=torch.float32) for _ in range(3))
         self._top_k = state(slots, dtype=torch.int32)
         self._probabilities: Tensor | None = None  # [S, C, V] of the last pass, 0 before the first; as logits' dtype
 
@@ -114,6 +115,7 @@ class Denoiser:
         canvas = Canvas(slot=slot, index=index, sampling=sampling)
         self._request_temperature[slot] = sampling.temperature
         self._top_p[slot] = sampling.top_p
+        self._min_p[slot] = sampling.min_p
         self._top_k[slot] = min(sampling.top_k, self._vocab_size)
         self._start(canvas)
         return canvas
@@ -149,6 +151,7 @@ class Denoiser:
             request_temperature=rows(self._request_temperature[active]),
             top_k=rows(self._top_k[active]),
             top_p=rows(self._top_p[active]),
+            min_p=rows(self._min_p[active]),
             uniforms=self._uniforms[active, passes + 1].flatten(),
             shaped=shaped,
         )
