@@ -7,9 +7,12 @@ The state of every slot's canvas lives on the device, and a pass updates it ther
 pass. Knows the model's pass and the sampler; nothing of requests, queues or eos ids. What is committed in the same pass
 only passes through.
 
-Invariant: only a canvas that converged is ever "done". One that runs out of passes is re-drawn once with other noise
-and then given up ("unconverged"): committed, such a canvas would ruin everything after it. Logits that are not
-finite give it up at once.
+Positions can be pinned: held at an id as if the model were sure of it. Whoever pins says which; a canvas that is
+"guided" is also ended by whoever guides it, who may ask for the likeliest of some ids at a position.
+
+Invariant: only a canvas that converged, or one whose guide ended it, is ever "done". One that runs out of passes is
+re-drawn once with other noise and then given up ("unconverged"): committed, such a canvas would ruin everything after
+it. Logits that are not finite give it up at once.
 
 Shapes: S slots, n canvases of a pass, C canvas, P passes, V vocabulary.
 """
@@ -56,6 +59,9 @@ class Canvas:
     slot: int
     index: int  # 0-based number within the reply
     sampling: Sampling
+    guided: bool = False  # ended by `Denoiser.finish` only: neither by the stop rule nor by running out of passes
+    pinned: bool = False  # some position is held
+    settled: bool = False  # the last pass met the model's own stop rule
     attempt: int = 0
     passes: int = 0  # of this attempt
     steps: int = 0  # passes of all attempts
@@ -103,16 +109,21 @@ class Denoiser:
 
         self._ids = state(*shape)  # input of the next pass
         self._best = state(*shape)  # argmax of the last pass; -1 before the first
+        self._entropy = state(*shape, dtype=torch.float32)  # of the last pass
+        self._pins = state(*shape) - 1  # the id a position is held at; -1 = free
         self._passes, self._unchanged = state(slots), state(slots)
         self._noise_ids = state(slots, passes + 1, canvas_length)
         self._uniforms = state(slots, passes + 1, canvas_length, dtype=torch.float32)
         self._request_temperature, self._top_p, self._min_p = (state(slots, dtype=torch.float32) for _ in range(3))
         self._top_k = state(slots, dtype=torch.int32)
         self._probabilities: Tensor | None = None  # [S, C, V] of the last pass, 0 before the first; as logits' dtype
+        self._logits: Tensor | None = None  # [n, C, V] of the last pass
+        self._rows: dict[int, int] = {}  # which of them are a slot's
 
-    def open(self, slot: int, sampling: Sampling, index: int) -> Canvas:
+    def open(self, slot: int, sampling: Sampling, index: int, *, guided: bool = False) -> Canvas:
         """A fresh canvas of noise in a slot: number `index` of its reply."""
-        canvas = Canvas(slot=slot, index=index, sampling=sampling)
+        canvas = Canvas(slot=slot, index=index, sampling=sampling, guided=guided)
+        self._pins[slot] = -1
         self._request_temperature[slot] = sampling.temperature
         self._top_p[slot] = sampling.top_p
         self._min_p[slot] = sampling.min_p
@@ -131,16 +142,63 @@ class Denoiser:
             self._model.run(commits, None, None, [])
             return
         active = torch.tensor([canvas.slot for canvas in canvases], device=self._device)
+        self._logits = None  # its memory is for the next ones
         soft = self._probabilities if any(canvas.passes for canvas in canvases) else None
         logits = self._model.run(commits, self._ids[active], None if soft is None else soft[active], caches)
         assert logits is not None, "there were canvases"
-        verdict = self._update(logits, active, shaped=any(canvas.shaped for canvas in canvases))
+        shaped, pinned = (any(flags) for flags in zip(*((each.shaped, each.pinned) for each in canvases), strict=True))
+        verdict = self._update(logits, active, shaped=shaped, pinned=pinned)
+        if any(canvas.guided for canvas in canvases):
+            self._logits, self._rows = logits, {canvas.slot: row for row, canvas in enumerate(canvases)}
         status = torch.stack((verdict.done, verdict.finite)).tolist()  # the one thing the host waits for
         for canvas, done, finite in zip(canvases, *status, strict=True):
             self._advance(canvas, done=done, finite=finite)
 
-    def _update(self, logits: Tensor, active: Tensor, *, shaped: bool) -> sampler.Verdict:
-        """What follows a pass, on the device. logits [n, C, V]; active int64 [n], the canvases' slots."""
+    def pin(self, canvas: Canvas, start: int, token_ids: Sequence[int]) -> None:
+        """Hold the positions from `start` on at `token_ids`, from now on and in every redraw."""
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+        where = (canvas.slot, slice(start, start + len(ids)))
+        self._pins[where] = self._ids[where] = ids
+        canvas.pinned = True
+        if canvas.passes == 0:  # nothing has been found yet
+            return
+        self._best[where] = ids
+        self._entropy[where] = 0
+        if self._probabilities is not None:
+            self._probabilities[where] = 0
+            self._probabilities[where].scatter_(1, ids[:, None], 1)
+
+    def found(self, canvas: Canvas) -> tuple[list[int], list[float]]:
+        """The argmax and the entropy in nats of every position after the last pass; pins count as found, and sure."""
+        return self._best[canvas.slot].tolist(), self._entropy[canvas.slot].tolist()
+
+    def best_allowed(self, canvas: Canvas, position: int, allowed: bytes) -> int:
+        """The likeliest id of the last pass at a position of a guided canvas, among those whose bit is set.
+
+        `allowed`: bit i of 32-bit words in the machine's order, one for each id; at least one is set.
+        """
+        assert self._logits is not None, "there was a pass with a guided canvas"
+        row = self._logits[self._rows[canvas.slot], position].float()
+        words = torch.frombuffer(bytearray(allowed), dtype=torch.int32).to(self._device)
+        ids = torch.arange(self._vocab_size, device=self._device)
+        banned = (words[ids >> 5] >> (ids & 31)) & 1 == 0
+        return int(row.masked_fill(banned, -torch.inf).argmax())
+
+    def passes_left(self, canvas: Canvas) -> int:
+        """How many passes the schedule has left for this attempt."""
+        return self._schedule.max_denoising_steps - canvas.passes
+
+    def finish(self, canvas: Canvas) -> None:
+        """End a guided canvas: what was found last, pins included, is its result."""
+        canvas.state = "done"
+        found = torch.where(self._pins[canvas.slot] < 0, self._best[canvas.slot], self._pins[canvas.slot])
+        canvas.result = tuple(found.clamp(min=0).tolist())
+
+    def _update(self, logits: Tensor, active: Tensor, *, shaped: bool, pinned: bool) -> sampler.Verdict:
+        """What follows a pass, on the device. logits [n, C, V]; active int64 [n], the canvases' slots.
+
+        `shaped` and `pinned` are known to the host: some row is drawn in another way, some position is held.
+        """
         passes = self._passes[active]
 
         def rows(values: Tensor) -> Tensor:
@@ -156,12 +214,15 @@ class Denoiser:
             shaped=shaped,
         )
         reading = self._model.read(logits.flatten(0, 1), draw)
+        if pinned:
+            reading = sampler.hold(reading, self._pins[active].flatten())
         by_canvas = (len(active), self._canvas_length)
         best, entropy = reading.best.view(by_canvas), reading.entropy.view(by_canvas)
         verdict = sampler.judge(best, entropy, self._best[active], self._unchanged[active], self._schedule)
         kept = sampler.accept(entropy, self._schedule.entropy_bound)
         self._ids[active] = torch.where(kept, reading.drawn.view(by_canvas), self._noise_ids[active, passes + 1])
         self._best[active] = best
+        self._entropy[active] = entropy
         self._unchanged[active] = verdict.unchanged
         self._passes[active] = passes + 1
         if self._probabilities is None:
@@ -174,8 +235,11 @@ class Denoiser:
         """The host's side of the same."""
         canvas.passes += 1
         canvas.steps += 1
+        canvas.settled = done
         if not finite:
             canvas.state = "non-finite"
+        elif canvas.guided:
+            return
         elif done:
             canvas.state = "done"
             canvas.result = tuple(self._best[canvas.slot].tolist())
@@ -200,7 +264,7 @@ class Denoiser:
             device=self._device,
         )
         self._noise_ids[slot], self._uniforms[slot] = noise.ids, noise.uniforms
-        self._ids[slot] = noise.ids[0]
+        self._ids[slot] = torch.where(self._pins[slot] < 0, noise.ids[0], self._pins[slot])
         self._best[slot] = -1
         self._passes[slot] = self._unchanged[slot] = 0
         if self._probabilities is not None:

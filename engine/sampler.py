@@ -11,12 +11,13 @@ Shapes: S canvases, C positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from engine.config import GenerationDefaults
+from engine.kernels.reference_output import Reading
 
 
 def temperature_at(step: int, schedule: GenerationDefaults) -> float:
@@ -37,6 +38,24 @@ def accept(entropy: Tensor, bound: float) -> Tensor:
     ascending, order = torch.sort(entropy, dim=-1, stable=True)
     within = torch.cumsum(ascending, dim=-1) - ascending <= bound
     return torch.zeros_like(within).scatter(-1, order, within)
+
+
+def hold(reading: Reading, pins: Tensor) -> Reading:
+    """A reading in which the model is sure of every pinned row. pins int64 [R]: the row's id, -1 = free.
+
+    The probabilities are changed in place.
+    """
+    free = pins < 0
+    ids, certain = pins.clamp(min=0)[:, None], (~free)[:, None]
+    probabilities = reading.probabilities
+    probabilities.masked_fill_(certain, 0).scatter_add_(1, ids, certain.to(probabilities.dtype))
+    return replace(
+        reading,
+        best=torch.where(free, reading.best, pins),
+        entropy=torch.where(free, reading.entropy, 0.0),
+        drawn=torch.where(free, reading.drawn, pins),
+        probabilities=probabilities,
+    )
 
 
 @dataclass(frozen=True)
