@@ -3,21 +3,22 @@
     canvas = noise
     repeat: logits = denoise(canvas, soft) / T;  done?;  draw;  accept;  re-noise the rest;  soft = embed(logits)
 
-The state of every slot's canvas lives on the device, and a pass updates it there: the host reads one small tensor a
-pass. Knows the model's pass and the sampler; nothing of requests, queues or eos ids. What is committed in the same pass
-only passes through.
+The state of every slot's canvas lives on the device, always at the same addresses, and a pass updates it there, without
+the host: so a whole pass, sampler included, can be one CUDA graph, and the host reads one small tensor a pass. Knows
+the model's pass and the sampler; nothing of requests, queues or eos ids. What is committed in the same pass only
+passes through.
 
 Invariant: only a canvas that converged is ever "done". One that runs out of passes is re-drawn once with other noise
 and then given up ("unconverged"): committed, such a canvas would ruin everything after it. Logits that are not
 finite give it up at once.
 
-Shapes: S slots, n canvases of a pass, C canvas, P passes, V vocabulary.
+Shapes: S slots, n canvases of a pass, C canvas, P passes, M hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -25,9 +26,11 @@ from torch import Tensor
 
 from engine import sampler
 from engine.config import GenerationDefaults
+from engine.graphs import Graphs
 from engine.interface import Sampling
 from engine.kernels.reference_output import Draw, Reading
 from engine.kv_cache import KVCache
+from engine.plan import PassPlan
 from engine.rng import canvas_noise
 
 ATTEMPTS = 2  # the first draw and one re-draw
@@ -38,15 +41,15 @@ CanvasState = Literal["open", "done", "unconverged", "non-finite"]
 class Model(Protocol):
     """What the loop needs of the model."""
 
-    def run(
-        self,
-        commits: Sequence[tuple[Tensor, KVCache]],
-        canvas: Tensor | None,
-        probabilities: Tensor | None,
-        caches: Sequence[KVCache],
-    ) -> Tensor | None: ...
+    def plan(
+        self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[tuple[int, KVCache]]
+    ) -> PassPlan: ...
+
+    def forward(self, plan: PassPlan, canvas: Tensor | None, soft: Tensor | None) -> Tensor | None: ...
 
     def read(self, logits: Tensor, draw: Draw) -> Reading: ...
+
+    def embed_soft(self, probabilities: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -85,8 +88,12 @@ class Denoiser:
         canvas_length: int,
         vocab_size: int,
         device: torch.device,
+        graphs: bool = False,
     ) -> None:
+        """`graphs`: capture passes as CUDA graphs; the model must then do without the host, and its plans come in few
+        layouts."""
         self._model = model
+        self._graphs = Graphs(device, enabled=graphs)
         self._schedule = schedule
         self._canvas_length = canvas_length
         self._vocab_size = vocab_size
@@ -107,7 +114,10 @@ class Denoiser:
         self._uniforms = state(slots, passes + 1, canvas_length, dtype=torch.float32)
         self._request_temperature, self._top_p = (state(slots, dtype=torch.float32) for _ in range(2))
         self._top_k = state(slots, dtype=torch.int32)
-        self._probabilities: Tensor | None = None  # [S, C, V] of the last pass, 0 before the first; as logits' dtype
+        self._finished = state(2, slots, dtype=torch.bool)  # of a pass's canvases, in order: done; finite
+        # made by the first pass, which knows sizes and dtype, and never again
+        self._soft: Tensor | None = None  # [S, C, M], the expected embedding under the last pass; 0 before the first
+        self._logits: Tensor | None = None  # [S, C, V], of the last pass's canvases, in order
 
     def open(self, slot: int, sampling: Sampling, index: int) -> Canvas:
         """A fresh canvas of noise in a slot: number `index` of its reply."""
@@ -119,53 +129,77 @@ class Denoiser:
         return canvas
 
     def step(
-        self, canvases: Sequence[Canvas], caches: Sequence[KVCache], commits: Sequence[tuple[Tensor, KVCache]] = ()
+        self,
+        canvases: Sequence[Canvas],
+        caches: Sequence[KVCache],
+        commits: Sequence[tuple[Sequence[int], KVCache]] = (),
     ) -> None:
-        """One pass over all `canvases` (open ones), each on its own prefix in `caches`; `commits` share the pass.
+        """One pass over all `canvases` (open ones), each on its own prefix in `caches`; `commits` (ids) share the pass.
 
-        A slot may have a canvas here and a chunk among the commits, which then belongs to its prefix.
+        A slot may have a canvas here and a chunk among the commits, which then belongs to its prefix. Raises ValueError,
+        with nothing changed, if ids do not fit a slot's capacity.
         """
-        if not canvases:
-            self._model.run(commits, None, None, [])
-            return
-        active = torch.tensor([canvas.slot for canvas in canvases], device=self._device)
-        soft = self._probabilities if any(canvas.passes for canvas in canvases) else None
-        logits = self._model.run(commits, self._ids[active], None if soft is None else soft[active], caches)
-        assert logits is not None, "there were canvases"
-        verdict = self._update(logits, active, shaped=any(canvas.shaped for canvas in canvases))
-        status = torch.stack((verdict.done, verdict.finite)).tolist()  # the one thing the host waits for
-        for canvas, done, finite in zip(canvases, *status, strict=True):
-            self._advance(canvas, done=done, finite=finite)
+        slots = [canvas.slot for canvas in canvases]
+        plan = self._model.plan(commits, list(zip(slots, caches, strict=True)))
+        shaped = any(canvas.shaped for canvas in canvases)
+        self._graphs.run((plan.layout, shaped), lambda: self._pass(plan, shaped=shaped))
+        if canvases:
+            finished = self._finished[:, : len(canvases)].tolist()  # the one thing the host waits for
+        plan.advance()
+        if canvases:
+            for canvas, done, finite in zip(canvases, *finished, strict=True):
+                self._advance(canvas, done=done, finite=finite)
 
-    def _update(self, logits: Tensor, active: Tensor, *, shaped: bool) -> sampler.Verdict:
-        """What follows a pass, on the device. logits [n, C, V]; active int64 [n], the canvases' slots."""
-        passes = self._passes[active]
+    def _pass(self, plan: PassPlan, *, shaped: bool) -> None:
+        """All of a pass that happens on the device: reads the plan and the slots' state, changes the state only."""
+        if not plan.slots.shape[0]:
+            self._model.forward(plan, None, None)
+            return
+        slots = plan.slots
+        logits = self._model.forward(plan, self._ids[slots], None if self._soft is None else self._soft[slots])
+        assert logits is not None, "there were canvases"
+        if self._logits is None:
+            self._logits = logits.new_zeros(self._ids.shape[0], *logits.shape[1:])
+        logits = self._logits[: len(logits)].copy_(logits)
+        by_canvas = logits.shape[:2]
+        draw = self._draw(slots, shaped=shaped)
+        readings = []
+        for index, rows in enumerate(logits):  # one after the other: the probabilities of one canvas are 134 MB
+            reading = self._model.read(rows, _rows_of(draw, index, by_canvas[1]))
+            soft = self._model.embed_soft(reading.probabilities)
+            if self._soft is None:
+                self._soft = soft.new_zeros(*self._ids.shape, soft.shape[-1])
+            self._soft.index_copy_(0, slots[index : index + 1].long(), soft[None])
+            readings.append((reading.best, reading.entropy, reading.drawn))
+        best, entropy, drawn = (torch.stack(parts) for parts in zip(*readings, strict=True))
+        self._update(slots, best, entropy, drawn)
+
+    def _draw(self, slots: Tensor, *, shaped: bool) -> Draw:
+        """How the rows [n * C] of the slots' canvases are to be read."""
+        passes = self._passes[slots]
 
         def rows(values: Tensor) -> Tensor:
             return values.repeat_interleave(self._canvas_length)
 
-        draw = Draw(
+        return Draw(
             temperature=rows(self._temperatures[passes]),
-            request_temperature=rows(self._request_temperature[active]),
-            top_k=rows(self._top_k[active]),
-            top_p=rows(self._top_p[active]),
-            uniforms=self._uniforms[active, passes + 1].flatten(),
+            request_temperature=rows(self._request_temperature[slots]),
+            top_k=rows(self._top_k[slots]),
+            top_p=rows(self._top_p[slots]),
+            uniforms=self._uniforms[slots, passes + 1].flatten(),
             shaped=shaped,
         )
-        reading = self._model.read(logits.flatten(0, 1), draw)
-        by_canvas = (len(active), self._canvas_length)
-        best, entropy = reading.best.view(by_canvas), reading.entropy.view(by_canvas)
-        verdict = sampler.judge(best, entropy, self._best[active], self._unchanged[active], self._schedule)
+
+    def _update(self, slots: Tensor, best: Tensor, entropy: Tensor, drawn: Tensor) -> None:
+        """The state of the slots int [n] after a pass that found best, entropy and drawn [n, C]."""
+        passes = self._passes[slots]
+        verdict = sampler.judge(best, entropy, self._best[slots], self._unchanged[slots], self._schedule)
         kept = sampler.accept(entropy, self._schedule.entropy_bound)
-        self._ids[active] = torch.where(kept, reading.drawn.view(by_canvas), self._noise_ids[active, passes + 1])
-        self._best[active] = best
-        self._unchanged[active] = verdict.unchanged
-        self._passes[active] = passes + 1
-        if self._probabilities is None:
-            sizes = (self._ids.shape[0], *logits.shape[1:])
-            self._probabilities = torch.zeros(sizes, dtype=reading.probabilities.dtype, device=self._device)
-        self._probabilities[active] = reading.probabilities.view_as(logits)
-        return verdict
+        self._ids[slots] = torch.where(kept, drawn, self._noise_ids[slots, passes + 1])
+        self._best[slots] = best
+        self._unchanged[slots] = verdict.unchanged
+        self._passes[slots] = passes + 1
+        self._finished[:, : len(slots)] = torch.stack((verdict.done, verdict.finite))
 
     def _advance(self, canvas: Canvas, *, done: bool, finite: bool) -> None:
         """The host's side of the same."""
@@ -200,5 +234,12 @@ class Denoiser:
         self._ids[slot] = noise.ids[0]
         self._best[slot] = -1
         self._passes[slot] = self._unchanged[slot] = 0
-        if self._probabilities is not None:
-            self._probabilities[slot] = 0
+        if self._soft is not None:
+            self._soft[slot] = 0
+
+
+def _rows_of(draw: Draw, index: int, length: int) -> Draw:
+    """The rows of canvas number `index`."""
+    rows = slice(index * length, (index + 1) * length)
+    per_row = {name: value[rows] for name, value in vars(draw).items() if isinstance(value, Tensor)}
+    return replace(draw, **per_row)
