@@ -1,7 +1,8 @@
 """CUDA graphs: the only file that knows of them.
 
-A pass is hundreds of small launches, which Python makes more slowly than a fast chip runs them; captured once, they are
-replayed by one call. Knows no model: whoever calls `run` promises that equal keys mean equal shapes and equal addresses.
+A pass is hundreds of small launches, which Python makes more slowly than a fast chip runs them; captured once, they
+are replayed by one call. Knows no model: whoever calls `run` promises that equal keys mean equal shapes and equal
+addresses.
 
 Invariant: without this file (`run` calling its function) everything computes the same.
 """
@@ -35,8 +36,8 @@ class Graphs:
         return len(self._graphs)
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Do `work`: the first time of a key as it is, which compiles kernels and sets libraries up, the second time while
-        capturing it, from then on by replaying."""
+        """Do `work`: the first time of a key as it is, which compiles kernels and sets libraries up, the second time
+        while capturing it, from then on by replaying."""
         if not self._enabled:
             work()
             return

@@ -4,8 +4,8 @@ Rows are first those of the chunks to commit, then those of the canvases. Everyt
 device as one buffer of int32, which on a GPU is the same memory for all passes of one layout: so a captured pass
 can be replayed with another plan. Knows positions and pages; no layers.
 
-Invariant: a canvas sees its slot's whole prefix, a chunk committed in the same pass included, and itself. Rows that only
-fill up (`row_align`, `buckets`) see nothing and are stored nowhere.
+Invariant: a canvas sees its slot's whole prefix, a chunk committed in the same pass included, and itself. Rows that
+only fill up (`row_align`, `buckets`) see nothing and are stored nowhere.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class Planner:
     """Makes the plans of one model on one device.
 
     `row_align`: every slot's rows begin at a multiple of it. `buckets`: ascending numbers of rows that commits are
-    filled up to, so that few layouts occur; none = only to `row_align`. `width`: page numbers in every page table; None =
-    as many as a pass needs.
+    filled up to, so that few layouts occur; none = only to `row_align`. `width`: page numbers in every page table;
+    None = as many as a pass needs.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class Planner:
     def plan(
         self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[tuple[int, KVCache]]
     ) -> PassPlan:
-        """Plan to commit ids to some slots and to denoise the canvases (slot number, cache) of others, or of the same: a
-        slot's canvas then follows its chunk. Reserves their pages.
+        """Plan to commit ids to some slots and to denoise the canvases (slot number, cache) of others, or of the same:
+        a slot's canvas then follows its chunk. Reserves their pages.
 
         Raises ValueError, with nothing reserved, if ids do not fit a slot's capacity.
         """
@@ -219,7 +219,7 @@ class _Buffer:
     def __init__(self, layout: PassLayout, canvas_rows: int, device: torch.device) -> None:
         rows = layout.commit_rows + canvas_rows
         by_row = ("positions", "modes", "segment", "high", *(f"low {kind}" for kind in KINDS))
-        sizes = {name: rows for name in by_row}
+        sizes = dict.fromkeys(by_row, rows)
         sizes |= {f"where {kind}": rows for kind in KINDS}
         sizes |= {f"table {kind}": layout.segments * layout.width for kind in KINDS}
         sizes |= {"ids": layout.commit_rows, "slots": layout.canvases}

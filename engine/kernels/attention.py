@@ -1,8 +1,9 @@
 """Attention of a pass's rows over keys and values in pages, for both kinds of layer and both kinds of rows.
 
-Online softmax over tiles of positions, so memory does not grow with the prefix. Heads that share a key head are rows of
-one tile: a program reads keys and values once for all of them. The positions of a block of rows are divided into a fixed
-number of splits, because a canvas alone has too few blocks for a large chip; a second kernel joins the splits' results.
+Online softmax over tiles of positions, so memory does not grow with the prefix. Heads that share a key head are rows
+of one tile: a program reads keys and values once for all of them. The positions of a block of rows are divided into a
+fixed number of splits, because a canvas alone has too few blocks for a large chip; a second kernel joins the splits'
+results.
 
 Knows views, no model. Invariant: what a row gets depends on its own low, high and pages only: splits are divided
 by the block's own positions, never by what else is in the pass.
@@ -171,7 +172,7 @@ JOIN_ELEMENTS = 2048  # of one program: 16 a thread
 
 def cases() -> list[KernelCase]:
     """At the model's shapes: 16 heads, 8 key heads of 256 and 2 of 512; the tile depends on the chip."""
-    found = {}
+    found: dict[str, KernelCase] = {}
     for head_dim, kv_heads in ((256, 8), (512, 2)):
         group = 16 // kv_heads
         for chip in SHARED_LIMIT:

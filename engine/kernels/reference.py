@@ -111,8 +111,8 @@ def join_attention(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """h = x + norm(projected) * post_weight, and norm(h) times each of the next three weights.
 
-    x, projected [R, M]; weights float32 [M]. Returns h and the inputs of the dense MLP, the experts and the router (which
-    thus reads the residual, not what the experts read), all [R, M].
+    x, projected [R, M]; weights float32 [M]. Returns h and the inputs of the dense MLP, the experts and the router
+    (which thus reads the residual, not what the experts read), all [R, M].
     """
     h = x + rms_norm(projected, post_weight, eps)
     return h, rms_norm(h, mlp_weight, eps), rms_norm(h, experts_weight, eps), rms_norm(h, router_weight, eps)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-
 NOWHERE = -1  # `where` of a row that only fills up
 
 

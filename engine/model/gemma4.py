@@ -39,13 +39,14 @@ class DiffusionGemma:
         pool: KVPool,
         planner: Planner | None = None,
     ) -> None:
-        """`weights` as in `Checkpoint.tensors`; the embedding's device and dtype are the model's. A `planner` of one's own
-        must align rows as the ops want them."""
+        """`weights` as in `Checkpoint.tensors`; the embedding's device and dtype are the model's. A `planner` of one's
+        own must align rows as the ops want them."""
         self.config = config
         self._ops = ops
         self.pool = pool
         self._planner = planner or Planner(config, pool.device, row_align=ops.row_align)
         self._embedding = plain(weights["embedding"])
+        self._logits: Tensor | None = None
         # rounded to the weights' dtype first, as transformers does
         self._embedding_scale = torch.tensor(config.hidden_size**0.5).to(self.dtype).item()
         self._norm = plain(weights["norm"]).float()
@@ -76,19 +77,24 @@ class DiffusionGemma:
     def forward(self, plan: PassPlan, canvas: Tensor | None, soft: Tensor | None) -> Tensor | None:
         """One pass: commit the plan's ids and denoise its canvases.
 
-        canvas int [n, C], or None to commit only; soft [n, C, M], what `embed_soft` made of the step before, zeros for a
-        canvas' first step; None if it is the first of all. Returns the head's logits [n, C, V] in the model's dtype,
-        neither softcapped nor divided by a temperature: `read` does that. The caches advance by `plan.advance()`.
+        canvas int [n, C], or None to commit only; soft [n, C, M], what `embed_soft` made of the step before, zeros for
+        a canvas' first step; None if it is the first of all. Returns the head's logits [n, C, V] in the model's dtype,
+        neither softcapped nor divided by a temperature: `read` does that. The next pass overwrites them. The caches
+        advance by `plan.advance()`.
         """
-        rows = [self._embed(plan.ids)] if plan.layout.commit_rows else []
+        rows = [self.embed(plan.ids)] if plan.layout.commit_rows else []
         if canvas is not None:
-            rows.append(self._filled(self._self_condition(self._embed(canvas), soft)))
+            rows.append(self._filled(self._self_condition(self.embed(canvas), soft)))
         hidden = self._stack(torch.cat(rows) if len(rows) > 1 else rows[0], plan)
         if canvas is None:
             return None
         count, length = canvas.shape
         hidden = hidden.view(count, -1, hidden.shape[-1])[:, :length]
-        return self._ops.linear(hidden.flatten(0, 1), self._embedding).view(count, length, -1)
+        if self._logits is None or len(self._logits) < count:
+            self._logits = hidden.new_empty(max(count, len(self.pool.slots)), length, len(self._embedding))
+        logits = self._logits[:count]  # the same memory for every pass: 134 MB a canvas
+        torch.mm(hidden.flatten(0, 1), self._embedding.t(), out=logits.view(count * length, -1))
+        return logits
 
     @torch.inference_mode()
     def read(self, logits: Tensor, draw: Draw) -> Reading:
@@ -101,13 +107,18 @@ class DiffusionGemma:
         return self._ops.soft_embedding(probabilities, self._embedding, self._embedding_scale)
 
     def run(
-        self, commits: Sequence[tuple[Tensor, KVCache]], canvas: Tensor | None, soft: Tensor | None, caches: Sequence[KVCache]
+        self,
+        commits: Sequence[tuple[Tensor, KVCache]],
+        canvas: Tensor | None,
+        soft: Tensor | None,
+        caches: Sequence[KVCache],
     ) -> Tensor | None:
-        """`plan`, `forward` and `advance` in one, for whoever has no slots: ids int [T], canvas [n, C], a cache each."""
+        """`plan`, `forward` and `advance` in one, for whoever has no slots: ids int [T], canvas [n, C], a cache each.
+        The logits are a copy."""
         plan = self.plan([(ids.tolist(), cache) for ids, cache in commits], [(0, cache) for cache in caches])
         logits = self.forward(plan, canvas, soft)
         plan.advance()
-        return logits
+        return None if logits is None else logits.clone()
 
     def commit(self, ids: Tensor, cache: KVCache) -> None:
         """Append ids (int [T], any T >= 0) to a slot, in chunks, so that memory does not grow with T squared."""
@@ -138,7 +149,8 @@ class DiffusionGemma:
             x, normed = layer.finish(x, attended, plan.modes, self._next_norms[index])
         return normed[plan.layout.commit_rows :]
 
-    def _embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings of ids int [...], scaled: [..., M]."""
         return F.embedding(ids, self._embedding) * self._embedding_scale
 
     def _self_condition(self, x: Tensor, soft: Tensor | None) -> Tensor:

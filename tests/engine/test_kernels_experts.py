@@ -14,7 +14,6 @@ from engine.kernels.weights import Int4Weight
 from tests.engine.kernel_inputs import FORMATS, assert_near, randn, random_weight
 
 
-
 def spread(rows: int, active: int, count: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.stack([torch.randperm(count, generator=generator)[:active] for _ in range(rows)])

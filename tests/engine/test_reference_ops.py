@@ -87,8 +87,9 @@ def test_attention(low: int, high: int, uniform: bool) -> None:
         segments=(Segment(0, count, uniform), Segment(count, count, True)),
         low=lows,
         high=highs,
+        segment=torch.tensor([0, 1], dtype=torch.int32).repeat_interleave(count),
         table=table,
-        where=torch.zeros(2 * count, dtype=torch.int64),
+        where=torch.zeros(2 * count, dtype=torch.int32),
     )
     out = ops.attention(queries, keys, values, view).view(2 * count, heads, dim)
     for row in range(2 * count):
