@@ -19,17 +19,18 @@ Shapes: S slots, n canvases of a pass, C canvas, P passes, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from engine import sampler
+from engine.bias import Bias
 from engine.config import GenerationDefaults
-from engine.interface import Sampling
-from engine.kernels.reference_output import Draw, Reading
+from engine.interface import MAX_DENOISING_STEPS, Sampling, Schedule, TokenLogprobs
+from engine.kernels.reference_output import Draw, Reading, log_probabilities
 from engine.kv_cache import KVCache
 from engine.rng import canvas_noise
 
@@ -51,6 +52,9 @@ class Model(Protocol):
 
     def read(self, logits: Tensor, draw: Draw) -> Reading: ...
 
+    @property
+    def softcap(self) -> float: ...
+
 
 @dataclass
 class Canvas:
@@ -59,6 +63,8 @@ class Canvas:
     slot: int
     index: int  # 0-based number within the reply
     sampling: Sampling
+    schedule: GenerationDefaults
+    logprobs: int | None = None  # as in GenerationRequest
     guided: bool = False  # ended by `Denoiser.finish` only: neither by the stop rule nor by running out of passes
     pinned: bool = False  # some position is held
     settled: bool = False  # the last pass met the model's own stop rule
@@ -76,7 +82,42 @@ class Canvas:
     @property
     def shaped(self) -> bool:
         """Whether the request asks for another draw than the model's own."""
-        return (self.sampling.temperature, self.sampling.top_k, self.sampling.top_p) != (1.0, 0, 1.0)
+        sampling = self.sampling
+        return (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) != (1.0, 0, 1.0, 0.0)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether ids that have occurred cost something."""
+        return bool(self.sampling.presence_penalty or self.sampling.frequency_penalty)
+
+    @property
+    def biased(self) -> bool:
+        """Whether the request adds something to the logits."""
+        return self.penalised or bool(self.sampling.logit_bias)
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the host knows of the canvases of a pass, so that the rare ways are taken only where they are asked for."""
+
+    shaped: bool  # some row is drawn in another way
+    pinned: bool  # some position is held
+    biased: bool  # something is added to some logit
+    penalised: bool  # and it depends on what the canvas holds
+
+    @classmethod
+    def of(cls, canvases: Sequence[Canvas]) -> Flags:
+        return cls(
+            shaped=any(canvas.shaped for canvas in canvases),
+            pinned=any(canvas.pinned for canvas in canvases),
+            biased=any(canvas.biased for canvas in canvases),
+            penalised=any(canvas.penalised for canvas in canvases),
+        )
+
+
+def resolve(asked: Schedule, default: GenerationDefaults) -> GenerationDefaults:
+    """The checkpoint's schedule with what a request wants otherwise."""
+    return replace(default, **{name: value for name, value in asdict(asked).items() if value is not None})
 
 
 class Denoiser:
@@ -94,13 +135,11 @@ class Denoiser:
     ) -> None:
         self._model = model
         self._schedule = schedule
+        self._tables: dict[int, Tensor] = {}  # of temperatures, by the number of passes
         self._canvas_length = canvas_length
         self._vocab_size = vocab_size
         self._device = device
-        passes = schedule.max_denoising_steps
-        self._temperatures = torch.tensor(
-            [sampler.temperature_at(step, schedule) for step in range(1, passes + 1)], device=device
-        )
+        passes = max(schedule.max_denoising_steps, MAX_DENOISING_STEPS)
         shape = (slots, canvas_length)
 
         def state(*sizes: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -110,21 +149,46 @@ class Denoiser:
         self._best = state(*shape)  # argmax of the last pass; -1 before the first
         self._entropy = state(*shape, dtype=torch.float32)  # of the last pass
         self._pins = state(*shape) - 1  # the id a position is held at; -1 = free
+        self._kept = state(*shape, dtype=torch.bool)  # accepted in the last pass
         self._passes, self._unchanged = state(slots), state(slots)
+        self._temperatures = state(slots, passes, dtype=torch.float32)  # by pass
+        self._entropy_bound, self._confidence = (state(slots, dtype=torch.float32) for _ in range(2))
+        self._stability = state(slots)
         self._noise_ids = state(slots, passes + 1, canvas_length)
         self._uniforms = state(slots, passes + 1, canvas_length, dtype=torch.float32)
-        self._request_temperature, self._top_p = (state(slots, dtype=torch.float32) for _ in range(2))
+        self._request_temperature, self._top_p, self._min_p = (state(slots, dtype=torch.float32) for _ in range(3))
         self._top_k = state(slots, dtype=torch.int32)
         self._probabilities: Tensor | None = None  # [S, C, V] of the last pass, 0 before the first; as logits' dtype
         self._logits: Tensor | None = None  # [n, C, V] of the last pass
         self._rows: dict[int, int] = {}  # which of them are a slot's
+        self._bias = Bias(slots, vocab_size, schedule, device)
 
-    def open(self, slot: int, sampling: Sampling, index: int, *, guided: bool = False) -> Canvas:
-        """A fresh canvas of noise in a slot: number `index` of its reply."""
-        canvas = Canvas(slot=slot, index=index, sampling=sampling, guided=guided)
+    def open(
+        self,
+        slot: int,
+        sampling: Sampling,
+        index: int,
+        *,
+        schedule: Schedule | None = None,
+        logprobs: int | None = None,
+        said: Mapping[int, int] | None = None,
+        guided: bool = False,
+    ) -> Canvas:
+        """A fresh canvas of noise in a slot: number `index` of its reply. `said`: how often each id occurred in it."""
+        chosen = resolve(schedule or Schedule(), self._schedule)
+        canvas = Canvas(slot=slot, index=index, sampling=sampling, schedule=chosen, logprobs=logprobs, guided=guided)
         self._pins[slot] = -1
+        self._temperatures[slot, : chosen.max_denoising_steps] = self._table(chosen.max_denoising_steps)
+        self._entropy_bound[slot] = chosen.entropy_bound
+        self._confidence[slot] = chosen.confidence_threshold
+        self._stability[slot] = chosen.stability_threshold
+        if canvas.biased:
+            self._bias.set(slot, sampling, said or {})
+        else:
+            self._bias.clear(slot)
         self._request_temperature[slot] = sampling.temperature
         self._top_p[slot] = sampling.top_p
+        self._min_p[slot] = sampling.min_p
         self._top_k[slot] = min(sampling.top_k, self._vocab_size)
         self._start(canvas)
         return canvas
@@ -144,9 +208,8 @@ class Denoiser:
         soft = self._probabilities if any(canvas.passes for canvas in canvases) else None
         logits = self._model.run(commits, self._ids[active], None if soft is None else soft[active], caches)
         assert logits is not None, "there were canvases"
-        shaped, pinned = (any(flags) for flags in zip(*((each.shaped, each.pinned) for each in canvases), strict=True))
-        verdict = self._update(logits, active, shaped=shaped, pinned=pinned)
-        if any(canvas.guided for canvas in canvases):
+        verdict = self._update(logits, active, Flags.of(canvases))
+        if any(canvas.guided or canvas.logprobs is not None for canvas in canvases):
             self._logits, self._rows = logits, {canvas.slot: row for row, canvas in enumerate(canvases)}
         status = torch.stack((verdict.done, verdict.finite)).tolist()  # the one thing the host waits for
         for canvas, done, finite in zip(canvases, *status, strict=True):
@@ -182,9 +245,21 @@ class Denoiser:
         banned = (words[ids >> 5] >> (ids & 31)) & 1 == 0
         return int(row.masked_fill(banned, -torch.inf).argmax())
 
+    def logprobs(self, canvas: Canvas) -> tuple[TokenLogprobs, ...]:
+        """How likely the last pass found the ids of a canvas that asked and is done, and the likeliest, C entries."""
+        assert self._logits is not None and canvas.logprobs is not None, "there was a pass, and the canvas asked"
+        found = log_probabilities(self._logits[self._rows[canvas.slot]], self._model.softcap)
+        ids = torch.tensor(canvas.result, device=self._device)
+        own = found.gather(-1, ids[:, None])[:, 0].tolist()
+        values, indices = (part.tolist() for part in found.topk(min(canvas.logprobs, self._vocab_size), dim=-1))
+        return tuple(
+            TokenLogprobs(each, tuple(zip(which, what, strict=True)))
+            for each, which, what in zip(own, indices, values, strict=True)
+        )
+
     def passes_left(self, canvas: Canvas) -> int:
         """How many passes the schedule has left for this attempt."""
-        return self._schedule.max_denoising_steps - canvas.passes
+        return canvas.schedule.max_denoising_steps - canvas.passes
 
     def finish(self, canvas: Canvas) -> None:
         """End a guided canvas: what was found last, pins included, is its result."""
@@ -192,31 +267,48 @@ class Denoiser:
         found = torch.where(self._pins[canvas.slot] < 0, self._best[canvas.slot], self._pins[canvas.slot])
         canvas.result = tuple(found.clamp(min=0).tolist())
 
-    def _update(self, logits: Tensor, active: Tensor, *, shaped: bool, pinned: bool) -> sampler.Verdict:
-        """What follows a pass, on the device. logits [n, C, V]; active int64 [n], the canvases' slots.
+    def _table(self, steps: int) -> Tensor:
+        """The temperature of each pass of a schedule of so many: float32 [steps]."""
+        if steps not in self._tables:
+            schedule = replace(self._schedule, max_denoising_steps=steps)
+            values = [sampler.temperature_at(step, schedule) for step in range(1, steps + 1)]
+            self._tables[steps] = torch.tensor(values, device=self._device)
+        return self._tables[steps]
 
-        `shaped` and `pinned` are known to the host: some row is drawn in another way, some position is held.
-        """
+    def _update(self, logits: Tensor, active: Tensor, flags: Flags) -> sampler.Verdict:
+        """What follows a pass, on the device. logits [n, C, V]; active int64 [n], the canvases' slots."""
         passes = self._passes[active]
+        if flags.penalised:
+            logits = self._bias.penalise(logits, active, self._ids[active], self._kept[active], self._model.softcap)
 
         def rows(values: Tensor) -> Tensor:
             return values.repeat_interleave(self._canvas_length)
 
         draw = Draw(
-            temperature=rows(self._temperatures[passes]),
+            temperature=rows(self._temperatures[active, passes]),
             request_temperature=rows(self._request_temperature[active]),
             top_k=rows(self._top_k[active]),
             top_p=rows(self._top_p[active]),
+            min_p=rows(self._min_p[active]),
             uniforms=self._uniforms[active, passes + 1].flatten(),
-            shaped=shaped,
+            shaped=flags.shaped,
+            bias=self._bias.rows(active) if flags.biased else None,
         )
         reading = self._model.read(logits.flatten(0, 1), draw)
-        if pinned:
+        if flags.pinned:
             reading = sampler.hold(reading, self._pins[active].flatten())
         by_canvas = (len(active), self._canvas_length)
         best, entropy = reading.best.view(by_canvas), reading.entropy.view(by_canvas)
-        verdict = sampler.judge(best, entropy, self._best[active], self._unchanged[active], self._schedule)
-        kept = sampler.accept(entropy, self._schedule.entropy_bound)
+        verdict = sampler.judge(
+            best,
+            entropy,
+            self._best[active],
+            self._unchanged[active],
+            self._confidence[active],
+            self._stability[active],
+        )
+        kept = sampler.accept(entropy, self._entropy_bound[active])
+        self._kept[active] = kept
         self._ids[active] = torch.where(kept, reading.drawn.view(by_canvas), self._noise_ids[active, passes + 1])
         self._best[active] = best
         self._entropy[active] = entropy
@@ -240,7 +332,7 @@ class Denoiser:
         elif done:
             canvas.state = "done"
             canvas.result = tuple(self._best[canvas.slot].tolist())
-        elif canvas.passes == self._schedule.max_denoising_steps:
+        elif canvas.passes == canvas.schedule.max_denoising_steps:
             if canvas.attempt + 1 == ATTEMPTS:
                 canvas.state = "unconverged"
                 return
@@ -255,14 +347,16 @@ class Denoiser:
             canvas.sampling.seed,
             canvas=canvas.index,
             attempt=canvas.attempt,
-            passes=self._schedule.max_denoising_steps,
+            passes=canvas.schedule.max_denoising_steps,
             canvas_length=self._canvas_length,
             vocab_size=self._vocab_size,
             device=self._device,
         )
-        self._noise_ids[slot], self._uniforms[slot] = noise.ids, noise.uniforms
+        rows = slice(canvas.schedule.max_denoising_steps + 1)
+        self._noise_ids[slot, rows], self._uniforms[slot, rows] = noise.ids, noise.uniforms
         self._ids[slot] = torch.where(self._pins[slot] < 0, noise.ids[0], self._pins[slot])
         self._best[slot] = -1
         self._passes[slot] = self._unchanged[slot] = 0
+        self._kept[slot] = False
         if self._probabilities is not None:
             self._probabilities[slot] = 0

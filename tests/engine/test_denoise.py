@@ -36,6 +36,7 @@ SOFTCAP = 1000.0  # so large that the scripts' logits pass as they are, but for 
 
 
 class ScriptedModel:
+    softcap = SOFTCAP
     """Logits by a function of (pass number, canvas ids [C], probabilities [C, V]); remembers what it was given."""
 
     def __init__(self, script: Callable[[int, Tensor, Tensor], Tensor]) -> None:
@@ -103,7 +104,7 @@ def test_a_pass_goes_in_the_models_order() -> None:
             shaped=False,
         )
         reading = read_logits(logits, SOFTCAP, draw)
-        accepted = sampler.accept(reading.entropy[None], 0.1)[0]
+        accepted = sampler.accept(reading.entropy[None], torch.tensor([0.1]))[0]
         assert 0 < accepted.sum() < C, "the script must exercise both branches"
         assert torch.equal(model.canvases[step][0], torch.where(accepted, reading.drawn, noise.ids[step]))
         assert torch.equal(model.probabilities[step][0], reading.probabilities)
