@@ -63,11 +63,13 @@ class Bias:
             self._presence[slot] = self._frequency[slot] = 0
 
     def rows(self, active: Tensor) -> Tensor:
-        """What is added to the softcapped logits of the canvases in the slots `active` int64 [n]: float32 [n, V]."""
+        """What is added to the softcapped logits of the canvases in the slots `active` int [n]: float32 [n, V]."""
         assert self._added is not None, "somebody asked"
         return self._added[active]
 
     def penalise(self, logits: Tensor, active: Tensor, ids: Tensor, accepted: Tensor, softcap: float) -> Tensor:
-        """Logits [n, C, V] less what it costs to repeat the accepted positions (bool [n, C]) of `ids` [n, C]."""
+        """Logits [C, V] of one canvas less what it costs to repeat the accepted positions (bool [1, C]) of `ids`
+        [1, C]; `active` has its slot. A copy."""
         penalties = sampler.Penalties(self._presence[active], self._frequency[active], self._seen[active])
-        return sampler.penalise_repeats(logits, ids, sampler.counted(ids, accepted, self._exempt), penalties, softcap)
+        counts = sampler.counted(ids, accepted, self._exempt)
+        return sampler.penalise_repeats(logits[None], ids, counts, penalties, softcap)[0]

@@ -44,18 +44,14 @@ def accept(entropy: Tensor, bound: Tensor) -> Tensor:
 def hold(reading: Reading, pins: Tensor) -> Reading:
     """A reading in which the model is sure of every pinned row. pins int64 [R]: the row's id, -1 = free.
 
-    The probabilities are changed in place.
+    The probabilities stay as they are: what a pinned row is conditioned on next is its id's own embedding.
     """
     free = pins < 0
-    ids, certain = pins.clamp(min=0)[:, None], (~free)[:, None]
-    probabilities = reading.probabilities
-    probabilities.masked_fill_(certain, 0).scatter_add_(1, ids, certain.to(probabilities.dtype))
     return replace(
         reading,
         best=torch.where(free, reading.best, pins),
         entropy=torch.where(free, reading.entropy, 0.0),
         drawn=torch.where(free, reading.drawn, pins),
-        probabilities=probabilities,
     )
 
 
@@ -120,5 +116,5 @@ def counted(ids: Tensor, accepted: Tensor, exempt: Tensor) -> Tensor:
 
     ids int64 [S, C], accepted bool [S, C]; exempt int64 [E]: ids that end a reply or fill a canvas behind its end.
     """
-    over = accepted & torch.isin(ids, exempt)
+    over = accepted & (ids[..., None] == exempt).any(dim=-1)
     return accepted & (over.cumsum(dim=-1) == 0)

@@ -35,26 +35,47 @@ def schedule(steps: int = 6, stability: int = 1, confidence: float = 0.005) -> G
 SOFTCAP = 1000.0  # so large that the scripts' logits pass as they are, but for rounding
 
 
+class ScriptedPlan:
+    """As much of a PassPlan as the loop looks at."""
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        self.slots = torch.tensor(slots)
+        self.layout = len(slots)
+
+    def advance(self) -> None:
+        pass
+
+
 class ScriptedModel:
+    """Logits by a function of (pass number, canvas ids [C], probabilities [C, V]); remembers what it was given.
+
+    Its embedding is the identity, so what it is conditioned on are the probabilities themselves."""
+
     softcap = SOFTCAP
-    """Logits by a function of (pass number, canvas ids [C], probabilities [C, V]); remembers what it was given."""
 
     def __init__(self, script: Callable[[int, Tensor, Tensor], Tensor]) -> None:
         self.script = script
         self.canvases: list[Tensor] = []
         self.probabilities: list[Tensor] = []
 
-    def run(
-        self, commits: Sequence[object], canvas: Tensor, probabilities: Tensor | None, caches: Sequence[object]
-    ) -> Tensor:
+    def plan(self, commits: Sequence[object], canvases: Sequence[tuple[int, object]]) -> ScriptedPlan:
         assert not commits
-        assert canvas.shape == (len(caches), C)
+        return ScriptedPlan([slot for slot, _ in canvases])
+
+    def forward(self, plan: ScriptedPlan, canvas: Tensor, soft: Tensor | None) -> Tensor:
+        assert canvas.shape == (len(plan.slots), C)
         assert canvas.dtype == torch.int64
-        given = torch.zeros(len(caches), C, V) if probabilities is None else probabilities
+        given = torch.zeros(len(plan.slots), C, V) if soft is None else soft
         self.canvases.append(canvas.clone())
         self.probabilities.append(given.clone())
         call = len(self.canvases) - 1
         return torch.stack([self.script(call, ids, soft) for ids, soft in zip(canvas, given, strict=True)])
+
+    def embed_soft(self, probabilities: Tensor) -> Tensor:
+        return probabilities
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(ids, V).float()
 
     def read(self, logits: Tensor, draw: Draw) -> Reading:
         return read_logits(logits, SOFTCAP, draw)
