@@ -43,6 +43,7 @@ def read(logits: torch.Tensor, temperature: float) -> Reading:
         request_temperature=torch.ones(rows),
         top_k=torch.zeros(rows, dtype=torch.int32),
         top_p=torch.ones(rows),
+        min_p=torch.zeros(rows),
         uniforms=torch.zeros(rows),
         shaped=False,
     )
@@ -104,7 +105,7 @@ def test_acceptance_order_by_hand() -> None:
     ]
 
 
-def thresholds(rule: GenerationDefaults) -> tuple[Tensor, Tensor]:
+def thresholds(rule: GenerationDefaults) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([rule.confidence_threshold]), torch.tensor([rule.stability_threshold])
 
 
