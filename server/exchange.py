@@ -1,7 +1,8 @@
 """What every wire format is translated to and from: one internal request, one internal stream.
 
 Knows no HTTP, no wire format, no tokenizer and no engine call (only the engine's word for how to denoise). A wire
-format is an adapter that builds a `ChatTask` and renders `Delta`s and `ReplyDone`; nothing else in the server has to change for a new one.
+format is an adapter that builds a `ChatTask` and renders `Delta`s and `ReplyDone`; nothing else in the server has to
+change for a new one.
 Invariant: a stream is any number of `Delta`s, then one `ChoiceDone` per choice, then one `ReplyDone`.
 """
 
