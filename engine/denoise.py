@@ -398,4 +398,5 @@ def _rows_of(draw: Draw, index: int, length: int) -> Draw:
         top_p=draw.top_p[rows],
         min_p=draw.min_p[rows],
         uniforms=draw.uniforms[rows],
+        bias=None if draw.bias is None else draw.bias[index : index + 1],
     )
