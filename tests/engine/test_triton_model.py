@@ -1,4 +1,5 @@
-"""The whole model on the op set for GPUs against the reference ops, and captured passes against the same not captured."""
+"""The whole model on the op set for GPUs against the reference ops, and captured passes against the same not
+captured."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ def two_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def last_pass(model: DiffusionGemma, device: torch.device) -> Tensor:
-    """Logits of a pass that commits a chunk of one slot and denoises its canvas and that of another slot, whose prefix is
-    longer than a page."""
+    """Logits of a pass that commits a chunk of one slot and denoises its canvas and that of another slot, whose prefix
+    is longer than a page."""
     vocab, length = model.config.vocab_size, model.config.canvas_length
     first, second = fresh_slots(model, 2)
     canvas = torch.stack([random_ids(length, vocab, 30 + slot, device) for slot in range(2)])
