@@ -181,7 +181,8 @@ def _tool(r: random.Random) -> Task:
 def _toolresult(r: random.Random) -> Task:
     t = draw_task(r)
     after = result_of(f"call_{r.randrange(1000)}", t)
-    return Task(t.question, "The tool has answered.", (*t.key, t.result), (t.answer,), after=after, tools=t.tools)
+    key = None if t.key is None else (*t.key, t.result)
+    return Task(t.question, "The tool has answered.", key, (t.answer,), after=after, tools=t.tools)
 
 
 def _memory(r: random.Random) -> Task:

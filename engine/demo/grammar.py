@@ -1,9 +1,9 @@
 """Texts with real choice in them, written once and used both ways: to draw a text and to judge one.
 
-A text is a sequence of sentences, or of parts of one. Each sentence is a function from what was said so far (`State`) to every way it may
-go on, as (sentence, new state) pairs. Drawing picks one pair at each sentence; judging asks whether some path through
-the same pairs spells the text. So what the judge accepts is exactly what the generator may write: names kept, events
-consistent, grammar.
+A text is a sequence of sentences, or of parts of one. Each is a function from what was said so far (`State`) to every
+way it may go on, as (sentence, new state) pairs. Drawing picks one pair at each sentence; judging asks whether some
+path through the same pairs spells the text. So what the judge accepts is exactly what the generator may write: names
+kept, events consistent, grammar.
 """
 
 from __future__ import annotations

@@ -52,7 +52,9 @@ def losses(model: TrainingModel, batch: Batch, use_soft: bool) -> tuple[Tensor, 
     return total, torch.stack((of_reply, causal)).detach()
 
 
-def cross_entropy(hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
+def cross_entropy(
+    hidden: Tensor, head: Tensor, target: Tensor, weight: Tensor, counted: Tensor
+) -> tuple[Tensor, Tensor]:
     """Weighted mean over all positions, and the plain mean over those `counted`; hidden [B, T, M], target [B, T]."""
     logits = 30 * torch.tanh(F.linear(hidden, head).float() / 30)
     entropy = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")

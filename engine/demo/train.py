@@ -54,7 +54,7 @@ class Stepper:
         self.batch = Batch.empty(rows, model.shape.canvas, self.device)
         self._staged = [torch.empty(self.batch.flat.shape, dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
         self._copied = [torch.cuda.Event() for _ in range(2)] if cuda else []
-        self.parameters = list(model.parameters())
+        self.parameters: list[Tensor] = list(model.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
         self.rate = torch.tensor(lr, device=self.device)
         matrices = [p for p in self.parameters if p.ndim >= 2]
@@ -187,8 +187,8 @@ class Trainer:
         torch._dynamo.config.recompile_limit = 64
         for layer in self.stepper.model.layers:
             layer.compile(dynamic=False)
-        objective.cross_entropy = torch.compile(objective.cross_entropy, dynamic=False)  # type: ignore[misc]
-        objective.after_first_pass = torch.compile(objective.after_first_pass, dynamic=False)  # type: ignore[misc]
+        objective.cross_entropy = torch.compile(objective.cross_entropy, dynamic=False)
+        objective.after_first_pass = torch.compile(objective.after_first_pass, dynamic=False)
         for use_soft in (True, False):
             with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
                 loss, _ = objective.losses(self.stepper.model, self.stepper.batch, use_soft)
@@ -213,6 +213,7 @@ class Trainer:
             if self.minutes - written >= o.write_every:
                 written = self.minutes
                 self._write()
+        self._log(0.0)
         self._write()
         say(step=self.step, minutes=round(self.minutes, 2), done=True)
         if self._evaluation:

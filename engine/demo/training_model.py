@@ -1,15 +1,16 @@
 """DiffusionGemma for training: commit and denoise of several canvases in one pass, dense experts, autograd.
 
 The same mathematics as `engine/model`, arranged for throughput: one row of the batch is a few clean sequences followed
-by their noisy canvases, and masks say who sees whom, so every canvas of a reply trains at once. All experts are computed and the
-ones not routed to are multiplied by zero, which at this size is faster than gathering. Knows no text and no engine.
-Parameter names are the checkpoint's, so `export` is a copy.
+by their noisy canvases, and masks say who sees whom, so every canvas of a reply trains at once. All experts are
+computed and the ones not routed to are multiplied by zero, which at this size is faster than gathering. Knows no text
+and no engine. Parameter names are the checkpoint's, so `export` is a copy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,22 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), (x.shape[-1],), self.weight, 1e-6)
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of an embedding. PyTorch's own gradient sorts the ids and may wait for the device, which ends a capture."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return weight[ids]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        sums = torch.zeros(ctx.shape, dtype=gradient.dtype, device=gradient.device)
+        return sums.index_add_(0, ids.flatten(), gradient.flatten(0, -2)), None
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -200,6 +217,11 @@ class TrainingModel(nn.Module):
             elif p.ndim >= 2:
                 p.normal_(0, p.shape[-1] ** -0.5)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding, float32 [..., M]."""
+        rows: Tensor = _Lookup.apply(self.embed_tokens.weight, ids)  # type: ignore[no-untyped-call]
+        return rows
+
     def rotations(self, positions: Tensor, full: bool) -> tuple[Tensor, Tensor]:
         """cos and sin [B, R, D]: all of a sliding head's dimensions turn, a quarter of a full head's."""
         s = self.shape
@@ -247,9 +269,9 @@ class TrainingModel(nn.Module):
         """Final hidden states of the clean tokens [B, L, M] and of the canvases [B, N*C, M], and the balance loss."""
         s, length = self.shape, clean.shape[1]
         scale = s.hidden**0.5
-        embedded = self.embed_tokens(canvas.flatten(1)).float() * scale
+        embedded = self.embed(canvas.flatten(1)) * scale
         noisy = self.self_conditioning.condition(embedded, torch.zeros_like(embedded) if soft is None else soft)
-        x = torch.cat((self.embed_tokens(clean).float() * scale, noisy), dim=1)
+        x = torch.cat((self.embed(clean) * scale, noisy), dim=1)
         balance = x.new_zeros(())
         for i, layer in enumerate(self.layers):
             full = s.full(i)
@@ -309,7 +331,7 @@ def export(model: TrainingModel, folder: Path) -> None:
         canvas_length=s.canvas, tie_word_embeddings=True,
     )  # fmt: skip
     config.eos_token_id = [1, 106]
-    torch.manual_seed(0)  # the vision tower's numbers
+    torch.default_generator.manual_seed(0)  # the vision tower's numbers; a GPU's generator goes on as it was
     oracle = DiffusionGemmaForBlockDiffusion(config)
     trained = {"model.decoder." + k: v.cpu() for k, v in model.state_dict().items()}
     missing, unexpected = oracle.load_state_dict(trained, strict=False)
