@@ -199,8 +199,7 @@ class DiffusionEngine:
         commits = []
         try:
             if chunk is not None:
-                ids = torch.tensor(chunk.token_ids, dtype=torch.int64, device=self._device)
-                commits.append((ids, self._seats[chunk.slot].cache))
+                commits.append((chunk.token_ids, self._seats[chunk.slot].cache))
             canvases = [self._open_canvas(slot) for slot in ready]
             self._denoiser.step(canvases, [self._seats[slot.index].cache for slot in ready], commits)
         except Exception as error:
@@ -287,6 +286,7 @@ def check_request(request: GenerationRequest, vocab_size: int) -> None:
         ),
         f"top_k must be 0 or more, not {sampling.top_k}": sampling.top_k < 0,
         f"top_p must be in 0..1, not {sampling.top_p}": not 0 <= sampling.top_p <= 1,
+        f"min_p must be in 0..1, not {sampling.min_p}": not 0 <= sampling.min_p <= 1,
     }
     for problem, found in problems.items():
         if found:
