@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from engine.assemble import assemble, choose_kernels
 from engine.check_request import check_request
 from engine.checkpoint import plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
@@ -33,14 +34,11 @@ from engine.interface import (
     GenerationRequest,
 )
 from engine.kv_cache import KVCache, KVPool
-from engine.model.gemma4 import DiffusionGemma
 from engine.options import (
-    OP_SETS,
     check_options,
     choose_context,
     choose_device,
     choose_dtype,
-    choose_kernels,
     require_fit,
 )
 from engine.scheduler import CommitChunk, Scheduler, Slot
@@ -89,6 +87,7 @@ class DiffusionEngine:
             canvas_length=info.canvas_length,
             vocab_size=info.vocab_size,
             device=self._device,
+            graphs=info.kernels == "triton",
         )
         self._scheduler = Scheduler(
             slots=len(caches),
@@ -107,7 +106,7 @@ class DiffusionEngine:
         check_options(options)
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
-        kernels = choose_kernels(options.kernels)
+        kernels = choose_kernels(options.kernels, device, dtype)
         plan = plan_checkpoint(options.model, choose(options.quantize, options.quantize_dense))
         config, schedule = plan.config, plan.generation
         require_fit(plan, options, device, dtype)
@@ -145,7 +144,7 @@ class DiffusionEngine:
             info.load_seconds,
         )
         return cls(
-            DiffusionGemma(config, checkpoint.tensors, OP_SETS[kernels], pool),
+            assemble(config, checkpoint.tensors, pool, kernels),
             pool.slots,
             schedule,
             info,
