@@ -13,13 +13,15 @@ positions, but are neither delivered nor committed, so no memory is needed for t
 from __future__ import annotations
 
 import logging
-import math
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from engine.assemble import assemble, choose_kernels
+from engine.check_request import check_request
 from engine.checkpoint import plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
 from engine.denoise import Canvas, Denoiser, Model
@@ -32,14 +34,11 @@ from engine.interface import (
     GenerationRequest,
 )
 from engine.kv_cache import KVCache, KVPool
-from engine.model.gemma4 import DiffusionGemma
 from engine.options import (
-    OP_SETS,
     check_options,
     choose_context,
     choose_device,
     choose_dtype,
-    choose_kernels,
     require_fit,
 )
 from engine.scheduler import CommitChunk, Scheduler, Slot
@@ -55,10 +54,12 @@ class Seat:
 
     cache: KVCache
     canvas: Canvas | None = None
+    said: Counter[int] = field(default_factory=Counter)  # ids of the reply's canvases so far, for penalties
 
     def clear(self) -> None:
         self.cache.reset()
         self.canvas = None
+        self.said.clear()
 
 
 class DiffusionEngine:
@@ -86,6 +87,7 @@ class DiffusionEngine:
             canvas_length=info.canvas_length,
             vocab_size=info.vocab_size,
             device=self._device,
+            graphs=info.kernels == "triton",
         )
         self._scheduler = Scheduler(
             slots=len(caches),
@@ -104,7 +106,7 @@ class DiffusionEngine:
         check_options(options)
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
-        kernels = choose_kernels(options.kernels)
+        kernels = choose_kernels(options.kernels, device, dtype)
         plan = plan_checkpoint(options.model, choose(options.quantize, options.quantize_dense))
         config, schedule = plan.config, plan.generation
         require_fit(plan, options, device, dtype)
@@ -142,7 +144,7 @@ class DiffusionEngine:
             info.load_seconds,
         )
         return cls(
-            DiffusionGemma(config, checkpoint.tensors, OP_SETS[kernels], pool),
+            assemble(config, checkpoint.tensors, pool, kernels),
             pool.slots,
             schedule,
             info,
@@ -214,7 +216,15 @@ class DiffusionEngine:
         seat, reply = self._seats[slot.index], slot.reply
         assert reply is not None, f"slot {slot.index} is ready but empty"
         if seat.canvas is None:
-            seat.canvas = self._denoiser.open(slot.index, reply.request.sampling, index=reply.canvases)
+            request = reply.request
+            seat.canvas = self._denoiser.open(
+                slot.index,
+                request.sampling,
+                index=reply.canvases,
+                schedule=request.schedule,
+                logprobs=request.logprobs,
+                said=seat.said,
+            )
         return seat.canvas
 
     def _settle(self, slot: Slot, canvas: Canvas) -> None:
@@ -222,7 +232,10 @@ class DiffusionEngine:
         if canvas.state == "open":
             return
         if canvas.state == "done":
-            self._scheduler.deliver(slot, canvas.result, canvas.steps)
+            logprobs = () if canvas.logprobs is None else self._denoiser.logprobs(canvas)
+            if canvas.penalised:
+                self._seats[slot.index].said.update(canvas.result)
+            self._scheduler.deliver(slot, canvas.result, canvas.steps, logprobs)
         elif canvas.state == "unconverged":
             logger.warning("canvas %d did not converge in %d steps; the reply ends", canvas.index, canvas.steps)
             self._scheduler.fail(
@@ -269,25 +282,3 @@ class DiffusionEngine:
     def _require_open(self) -> None:
         if self._closed:
             raise EngineError("the engine is closed")
-
-
-def check_request(request: GenerationRequest, vocab_size: int) -> None:
-    """Raise EngineError, naming the field, for a request that no engine could serve."""
-    sampling = request.sampling
-    problems = {
-        "prompt_ids is empty": not request.prompt_ids,
-        f"prompt_ids has an id outside 0..{vocab_size - 1}": any(
-            not 0 <= token_id < vocab_size for token_id in request.prompt_ids
-        ),
-        f"max_tokens must be at least 1, not {request.max_tokens}": request.max_tokens < 1,
-        f"seed must be in 0..2**64-1, not {sampling.seed}": not 0 <= sampling.seed < 2**64,
-        f"temperature must be 0 or more and finite, not {sampling.temperature}": not (
-            math.isfinite(sampling.temperature) and sampling.temperature >= 0
-        ),
-        f"top_k must be 0 or more, not {sampling.top_k}": sampling.top_k < 0,
-        f"top_p must be in 0..1, not {sampling.top_p}": not 0 <= sampling.top_p <= 1,
-        f"min_p must be in 0..1, not {sampling.min_p}": not 0 <= sampling.min_p <= 1,
-    }
-    for problem, found in problems.items():
-        if found:
-            raise EngineError(problem)
