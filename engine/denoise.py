@@ -137,6 +137,10 @@ class Denoiser:
         for canvas, done, finite in zip(canvases, *status, strict=True):
             self._advance(canvas, done=done, finite=finite)
 
+    def argmax(self, canvas: Canvas) -> tuple[int, ...]:
+        """The likeliest id of every position after the last pass: the result, if the canvas is done."""
+        return tuple(self._best[canvas.slot].tolist())
+
     def _update(self, logits: Tensor, active: Tensor, *, shaped: bool) -> sampler.Verdict:
         """What follows a pass, on the device. logits [n, C, V]; active int64 [n], the canvases' slots."""
         passes = self._passes[active]
@@ -175,7 +179,7 @@ class Denoiser:
             canvas.state = "non-finite"
         elif done:
             canvas.state = "done"
-            canvas.result = tuple(self._best[canvas.slot].tolist())
+            canvas.result = self.argmax(canvas)
         elif canvas.passes == self._schedule.max_denoising_steps:
             if canvas.attempt + 1 == ATTEMPTS:
                 canvas.state = "unconverged"
