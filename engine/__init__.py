@@ -1,5 +1,6 @@
 """The engine: token ids in, token ids out. Import only from here; no torch is imported until `build_engine` runs."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from engine.config import load_model_config, published_config
@@ -20,8 +21,19 @@ from engine.interface import (
     Sampling,
     Usage,
 )
+from engine.measure.figure import GROUPS as BENCH_GROUPS
+from engine.measure.figure import BenchOptions, Detail, Document, Figure
+from engine.measure.report import COLUMNS as FIGURE_COLUMNS
+from engine.measure.report import cells as figure_cells
+from engine.measure.report import computed_lines, profile_lines, shown
+from engine.measure.report import computed_steps as _computed_steps
 from engine.memory_plan import CARDS, MemoryPlan, plan_memory, plans, usable
 from engine.quantization_config import load_quantization
+from engine.shapes import FORMAT_CHOICES, shape_of
+from engine.shapes import SHAPES as _SHAPES
+
+BENCH_FORMATS = tuple(FORMAT_CHOICES)
+SHAPES = tuple(_SHAPES)
 
 
 def build_engine(options: EngineOptions) -> Engine:
@@ -29,6 +41,25 @@ def build_engine(options: EngineOptions) -> Engine:
     from engine.engine import DiffusionEngine  # deferred: imports torch
 
     return DiffusionEngine.from_options(options)
+
+
+def build_random_engine(shape: str, form: str, options: EngineOptions, *, seed: int = 0) -> Engine:
+    """A ready engine of random weights: `shape` one of SHAPES, `form` one of BENCH_FORMATS. Raises EngineError."""
+    from engine.engine import DiffusionEngine  # deferred: imports torch
+
+    return DiffusionEngine.from_random(shape, form, options, seed=seed)
+
+
+def bench_shape(options: BenchOptions) -> Iterator[Document]:
+    """Measure a model of random weights; yields the same growing document after every figure. Raises EngineError."""
+    from engine.measure.run import bench  # deferred: imports torch
+
+    return bench(options)
+
+
+def computed_steps(shape: str, formats: Sequence[str], prefix: int) -> list[dict[str, Detail]]:
+    """The least time of a denoise step on cards that are not here, one row a card and format. Raises EngineError."""
+    return _computed_steps(shape_of(shape), formats, prefix)
 
 
 def quantize_checkpoint(
@@ -64,14 +95,22 @@ def stored_format(folder: str) -> str | None:
 
 
 __all__ = [
+    "BENCH_FORMATS",
+    "BENCH_GROUPS",
     "CARDS",
+    "FIGURE_COLUMNS",
+    "SHAPES",
+    "BenchOptions",
     "CanvasDone",
     "CheckpointError",
+    "Detail",
+    "Document",
     "Engine",
     "EngineError",
     "EngineInfo",
     "EngineOptions",
     "Event",
+    "Figure",
     "FinishReason",
     "Finished",
     "GenerationRequest",
@@ -80,9 +119,16 @@ __all__ = [
     "RequestTooLong",
     "Sampling",
     "Usage",
+    "bench_shape",
     "build_engine",
+    "build_random_engine",
+    "computed_lines",
+    "computed_steps",
+    "figure_cells",
     "memory_plans",
+    "profile_lines",
     "quantize_checkpoint",
+    "shown",
     "stored_format",
     "usable",
 ]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from engine.interface import EngineError
 from engine.measure.figure import GROUPS, BenchOptions, Document
-from engine.measure.report import COLUMNS, cells, computed, computed_lines, line, profile_lines
+from engine.measure.report import COLUMNS, cells, computed_lines, computed_steps, line, profile_lines
 from engine.shapes import FORMAT_CHOICES, SHAPES, shape_of
 
 
@@ -24,11 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     options = BenchOptions(
         shape=asked.shape,
-        formats=tuple(asked.format),
+        formats=tuple(asked.format or BenchOptions.formats),
         steps=asked.steps,
-        prompts=tuple(asked.prompt),
-        slots=tuple(asked.slots),
-        only=tuple(asked.only),
+        prompts=tuple(asked.prompt or BenchOptions.prompts),
+        slots=tuple(asked.slots or BenchOptions.slots),
+        only=tuple(asked.only or GROUPS),
         start_up=asked.start_up,
         profile=asked.profile,
         device=asked.device,
@@ -46,14 +46,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def save(document: Document, path: Path | None) -> None:
-    """Write what there is so far, whole or not at all."""
-    if path is not None:
-        part = path.with_name(path.name + ".part")
-        part.write_text(json.dumps(document.as_json(), indent=1) + "\n", encoding="utf-8")
-        part.replace(path)
-
-
 def _measured(options: BenchOptions, path: Path | None) -> int:
     from engine.measure.run import bench  # deferred: imports torch
 
@@ -67,7 +59,8 @@ def _measured(options: BenchOptions, path: Path | None) -> int:
         for run, figure in figures[printed:]:
             print(line((f"{run.form}: {figure.title}", *cells(figure)[1:])), flush=True)
         printed = len(figures)
-        save(document, path)
+        if path is not None:
+            document.save(path)
     assert document is not None, "there was a format"
     for run in document.runs:
         if run.profile is not None:
@@ -79,7 +72,7 @@ def _measured(options: BenchOptions, path: Path | None) -> int:
 def _computed(options: BenchOptions) -> int:
     shape = shape_of(options.shape)
     prefix = options.prompts[0]
-    rows = computed(shape, options.formats, prefix)
+    rows = computed_steps(shape, options.formats, prefix)
     print(f"computed, not measured: least ms of a denoise step, prefix {prefix}; * = bound by the matrix units")
     print("\n".join(computed_lines(rows)))
     print(json.dumps({"bench": "computed", "shape": options.shape, "prefix": prefix, "steps": rows}))
@@ -91,11 +84,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--shape", default="26b-a4b", help=f"{' or '.join(SHAPES)}")
     add("--weights", default="random", choices=["random"], help="what the weights are")
-    add("--format", nargs="+", default=["bf16"], metavar="F", help=", ".join(FORMAT_CHOICES))
-    add("--steps", type=int, default=16, help="denoise passes of a canvas")
-    add("--prompt", type=int, nargs="+", default=[512], metavar="N", help="tokens committed before the canvas")
-    add("--slots", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N", help="canvases open at a time")
-    add("--only", nargs="+", default=list(GROUPS), metavar="FIGURES", help=", ".join(GROUPS))
+    add("--format", action="extend", nargs="+", metavar="F", help=", ".join(FORMAT_CHOICES))
+    add("--steps", type=int, default=BenchOptions.steps, help="denoise passes of a canvas")
+    add("--prompt", type=int, action="extend", nargs="+", metavar="N", help="tokens committed before the canvas")
+    add("--slots", type=int, action="extend", nargs="+", metavar="N", help="canvases open at a time")
+    add("--only", action="extend", nargs="+", metavar="FIGURES", help=", ".join(GROUPS))
     add("--start-up", action="store_true", help="also start with a cold and a warm kernel cache")
     add("--profile", action="store_true", help="kernels by time of one denoise step")
     add("--computed", action="store_true", help="the roofline of cards that are not here; measures nothing")

@@ -6,10 +6,13 @@ that says why; nothing is ever estimated in its place.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from engine.interface import EngineError
 from engine.measure.roofline import Work
 
 GROUPS = ("start", "step", "commit", "first-text", "memory", "prefill", "prefix", "beside", "slots")
@@ -107,6 +110,15 @@ class Document:
             for run in self.runs
             for figure in run.figures
         )
+
+    def save(self, path: Path) -> None:
+        """Write what there is so far, whole or not at all. Raises EngineError."""
+        part = path.with_name(path.name + ".part")
+        try:
+            part.write_text(json.dumps(self.as_json(), indent=1) + "\n", encoding="utf-8")
+            part.replace(path)
+        except OSError as error:
+            raise EngineError(f"{path} cannot be written: {error.strerror or error}; choose another path") from None
 
     def as_json(self) -> dict[str, Any]:
         return {"bench": "shape", **self.facts, "runs": [run.as_json() for run in self.runs]}

@@ -50,7 +50,7 @@ def profile_lines(rows: Iterable[dict[str, Detail]], most: int = 40) -> list[str
     return lines
 
 
-def computed(shape: Shape, formats: Sequence[str], prefix: int) -> list[dict[str, Detail]]:
+def computed_steps(shape: Shape, formats: Sequence[str], prefix: int) -> list[dict[str, Detail]]:
     """The roofline of a denoise step on cards that were not measured, from their makers' figures (`cards`)."""
     rows: list[dict[str, Detail]] = []
     for form in formats:
