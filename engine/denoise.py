@@ -3,21 +3,25 @@
     canvas = noise
     repeat: logits = denoise(canvas, soft) / T;  done?;  draw;  accept;  re-noise the rest;  soft = embed(logits)
 
-The state of every slot's canvas lives on the device, and a pass updates it there: the host reads one small tensor a
-pass. Knows the model's pass and the sampler; nothing of requests, queues or eos ids. What is committed in the same pass
-only passes through.
+The state of every slot's canvas lives on the device, always at the same addresses, and a pass updates it there, without
+the host: so a whole pass, sampler included, can be one CUDA graph, and the host reads one small tensor a pass. Knows
+the model's pass and the sampler; nothing of requests, queues or eos ids. What is committed in the same pass only
+passes through.
 
-Invariant: only a canvas that converged is ever "done". One that runs out of passes is re-drawn once with other noise
-and then given up ("unconverged"): committed, such a canvas would ruin everything after it. Logits that are not
-finite give it up at once.
+Positions can be pinned: held at an id as if the model were sure of it. Whoever pins says which; a canvas that is
+"guided" is also ended by whoever guides it, who may ask for the likeliest of some ids at a position.
 
-Shapes: S slots, n canvases of a pass, C canvas, P passes, V vocabulary.
+Invariant: only a canvas that converged, or one whose guide ended it, is ever "done". One that runs out of passes is
+re-drawn once with other noise and then given up ("unconverged"): committed, such a canvas would ruin everything after
+it. Logits that are not finite give it up at once.
+
+Shapes: S slots, n canvases of a pass, C canvas, P passes, M hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -25,9 +29,11 @@ from torch import Tensor
 
 from engine import sampler
 from engine.config import GenerationDefaults
+from engine.graphs import Graphs
 from engine.interface import Sampling
 from engine.kernels.reference_output import Draw, Reading
 from engine.kv_cache import KVCache
+from engine.plan import PassPlan
 from engine.rng import canvas_noise
 
 ATTEMPTS = 2  # the first draw and one re-draw
@@ -38,15 +44,17 @@ CanvasState = Literal["open", "done", "unconverged", "non-finite"]
 class Model(Protocol):
     """What the loop needs of the model."""
 
-    def run(
-        self,
-        commits: Sequence[tuple[Tensor, KVCache]],
-        canvas: Tensor | None,
-        probabilities: Tensor | None,
-        caches: Sequence[KVCache],
-    ) -> Tensor | None: ...
+    def plan(
+        self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[tuple[int, KVCache]]
+    ) -> PassPlan: ...
+
+    def forward(self, plan: PassPlan, canvas: Tensor | None, soft: Tensor | None) -> Tensor | None: ...
 
     def read(self, logits: Tensor, draw: Draw) -> Reading: ...
+
+    def embed_soft(self, probabilities: Tensor) -> Tensor: ...
+
+    def embed(self, ids: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -56,6 +64,9 @@ class Canvas:
     slot: int
     index: int  # 0-based number within the reply
     sampling: Sampling
+    guided: bool = False  # ended by `Denoiser.finish` only: neither by the stop rule nor by running out of passes
+    pinned: bool = False  # some position is held
+    settled: bool = False  # the last pass met the model's own stop rule
     attempt: int = 0
     passes: int = 0  # of this attempt
     steps: int = 0  # passes of all attempts
@@ -85,8 +96,12 @@ class Denoiser:
         canvas_length: int,
         vocab_size: int,
         device: torch.device,
+        graphs: bool = False,
     ) -> None:
+        """`graphs`: capture passes as CUDA graphs; the model must then do without the host, and its plans come in few
+        layouts."""
         self._model = model
+        self._graphs = Graphs(device, enabled=graphs)
         self._schedule = schedule
         self._canvas_length = canvas_length
         self._vocab_size = vocab_size
@@ -102,16 +117,24 @@ class Denoiser:
 
         self._ids = state(*shape)  # input of the next pass
         self._best = state(*shape)  # argmax of the last pass; -1 before the first
+        self._entropy = state(*shape, dtype=torch.float32)  # of the last pass
+        self._pins = state(*shape) - 1  # the id a position is held at; -1 = free
         self._passes, self._unchanged = state(slots), state(slots)
         self._noise_ids = state(slots, passes + 1, canvas_length)
         self._uniforms = state(slots, passes + 1, canvas_length, dtype=torch.float32)
         self._request_temperature, self._top_p = (state(slots, dtype=torch.float32) for _ in range(2))
         self._top_k = state(slots, dtype=torch.int32)
-        self._probabilities: Tensor | None = None  # [S, C, V] of the last pass, 0 before the first; as logits' dtype
+        self._finished = state(2, slots, dtype=torch.bool)  # of a pass's canvases, in order: done; finite
+        # made by the first pass, which knows size and dtype, and never again
+        self._soft: Tensor | None = None  # [S, C, M], the expected embedding under the last pass; 0 before the first
+        self._outputs: dict[Hashable, Tensor] = {}  # logits [n, C, V] by kind of pass; overwritten by the next pass
+        self._logits: Tensor | None = None  # those of the last pass
+        self._rows: dict[int, int] = {}  # which of them are a slot's
 
-    def open(self, slot: int, sampling: Sampling, index: int) -> Canvas:
+    def open(self, slot: int, sampling: Sampling, index: int, *, guided: bool = False) -> Canvas:
         """A fresh canvas of noise in a slot: number `index` of its reply."""
-        canvas = Canvas(slot=slot, index=index, sampling=sampling)
+        canvas = Canvas(slot=slot, index=index, sampling=sampling, guided=guided)
+        self._pins[slot] = -1
         self._request_temperature[slot] = sampling.temperature
         self._top_p[slot] = sampling.top_p
         self._top_k[slot] = min(sampling.top_k, self._vocab_size)
@@ -119,67 +142,132 @@ class Denoiser:
         return canvas
 
     def step(
-        self, canvases: Sequence[Canvas], caches: Sequence[KVCache], commits: Sequence[tuple[Tensor, KVCache]] = ()
+        self,
+        canvases: Sequence[Canvas],
+        caches: Sequence[KVCache],
+        commits: Sequence[tuple[Sequence[int], KVCache]] = (),
     ) -> None:
-        """One pass over all `canvases` (open ones), each on its own prefix in `caches`; `commits` share the pass.
+        """One pass over all `canvases` (open ones), each on its own prefix in `caches`; `commits` (ids) share the pass.
 
-        A slot may have a canvas here and a chunk among the commits, which then belongs to its prefix.
+        A slot may have a canvas here and a chunk among the commits, which then belongs to its prefix. Raises
+        ValueError, with nothing changed, if ids do not fit a slot's capacity.
         """
-        if not canvases:
-            self._model.run(commits, None, None, [])
-            return
-        active = torch.tensor([canvas.slot for canvas in canvases], device=self._device)
-        soft = self._probabilities if any(canvas.passes for canvas in canvases) else None
-        logits = self._model.run(commits, self._ids[active], None if soft is None else soft[active], caches)
-        assert logits is not None, "there were canvases"
-        verdict = self._update(logits, active, shaped=any(canvas.shaped for canvas in canvases))
-        status = torch.stack((verdict.done, verdict.finite)).tolist()  # the one thing the host waits for
-        for canvas, done, finite in zip(canvases, *status, strict=True):
+        slots = [canvas.slot for canvas in canvases]
+        plan = self._model.plan(commits, list(zip(slots, caches, strict=True)))
+        shaped, pinned = (any(getattr(canvas, name) for canvas in canvases) for name in ("shaped", "pinned"))
+        kind = (plan.layout, shaped, pinned)
+        self._graphs.run(kind, lambda: self._pass(plan, shaped=shaped, pinned=pinned))
+        finished = self._finished[:, : len(canvases)].tolist() if canvases else ((), ())  # all that the host waits for
+        plan.advance()
+        self._logits, self._rows = self._outputs.get(kind), {slot: row for row, slot in enumerate(slots)}
+        for canvas, done, finite in zip(canvases, *finished, strict=True):
             self._advance(canvas, done=done, finite=finite)
 
-    def argmax(self, canvas: Canvas) -> tuple[int, ...]:
-        """The likeliest id of every position after the last pass: the result, if the canvas is done."""
-        return tuple(self._best[canvas.slot].tolist())
+    def pin(self, canvas: Canvas, start: int, token_ids: Sequence[int]) -> None:
+        """Hold the positions from `start` on at `token_ids`, from now on and in every redraw."""
+        ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
+        where = (canvas.slot, slice(start, start + len(ids)))
+        self._pins[where] = self._ids[where] = ids
+        canvas.pinned = True
+        if canvas.passes == 0:  # nothing has been found yet
+            return
+        self._best[where] = ids
+        self._entropy[where] = 0
+        if self._soft is not None:
+            self._soft[where] = self._model.embed(ids)
 
-    def _update(self, logits: Tensor, active: Tensor, *, shaped: bool) -> sampler.Verdict:
-        """What follows a pass, on the device. logits [n, C, V]; active int64 [n], the canvases' slots."""
-        passes = self._passes[active]
+    def found(self, canvas: Canvas) -> tuple[list[int], list[float]]:
+        """The argmax and the entropy in nats of every position after the last pass; pins count as found, and sure."""
+        return self._best[canvas.slot].tolist(), self._entropy[canvas.slot].tolist()
+
+    def best_allowed(self, canvas: Canvas, position: int, allowed: bytes) -> int:
+        """The likeliest id of the last pass at a position of a guided canvas, among those whose bit is set.
+
+        `allowed`: bit i of 32-bit words in the machine's order, one for each id; at least one is set.
+        """
+        assert self._logits is not None, "there was a pass with a guided canvas"
+        row = self._logits[self._rows[canvas.slot], position].float()
+        words = torch.frombuffer(bytearray(allowed), dtype=torch.int32).to(self._device)
+        ids = torch.arange(self._vocab_size, device=self._device)
+        banned = (words[ids >> 5] >> (ids & 31)) & 1 == 0
+        return int(row.masked_fill(banned, -torch.inf).argmax())
+
+    def passes_left(self, canvas: Canvas) -> int:
+        """How many passes the schedule has left for this attempt."""
+        return self._schedule.max_denoising_steps - canvas.passes
+
+    def finish(self, canvas: Canvas) -> None:
+        """End a guided canvas: what was found last, pins included, is its result."""
+        canvas.state = "done"
+        found = torch.where(self._pins[canvas.slot] < 0, self._best[canvas.slot], self._pins[canvas.slot])
+        canvas.result = tuple(found.clamp(min=0).tolist())
+
+    def _pass(self, plan: PassPlan, *, shaped: bool, pinned: bool) -> None:
+        """All of a pass that happens on the device: reads the plan and the slots' state, changes that state only.
+
+        `shaped` and `pinned` are known to the host: some row is drawn in another way, some position is held.
+        """
+        slots = plan.slots
+        if not slots.shape[0]:
+            self._model.forward(plan, None, None)
+            return
+        logits = self._model.forward(plan, self._ids[slots], None if self._soft is None else self._soft[slots])
+        assert logits is not None, "there were canvases"
+        self._outputs[plan.layout, shaped, pinned] = logits
+        draw, pins = self._draw(slots, shaped=shaped), self._pins[slots] if pinned else None
+        found = []
+        for index, rows in enumerate(logits):  # one after the other: the probabilities of one canvas are 134 MB
+            reading = self._model.read(rows, _rows_of(draw, index, self._canvas_length))
+            soft = self._model.embed_soft(reading.probabilities)
+            if pins is not None:
+                reading = sampler.hold(reading, pins[index])
+                soft = torch.where(pins[index, :, None] < 0, soft, self._model.embed(pins[index].clamp(min=0)))
+            if self._soft is None:
+                self._soft = soft.new_zeros(*self._ids.shape, soft.shape[-1])
+            self._soft[slots[index : index + 1]] = soft
+            found.append((reading.best, reading.entropy, reading.drawn))
+        self._update(slots, *(torch.stack(parts) for parts in zip(*found, strict=True)))
+
+    def _draw(self, slots: Tensor, *, shaped: bool) -> Draw:
+        """How the rows [n * C] of the slots' canvases are to be read."""
+        passes = self._passes[slots]
 
         def rows(values: Tensor) -> Tensor:
             return values.repeat_interleave(self._canvas_length)
 
-        draw = Draw(
+        return Draw(
             temperature=rows(self._temperatures[passes]),
-            request_temperature=rows(self._request_temperature[active]),
-            top_k=rows(self._top_k[active]),
-            top_p=rows(self._top_p[active]),
-            uniforms=self._uniforms[active, passes + 1].flatten(),
+            request_temperature=rows(self._request_temperature[slots]),
+            top_k=rows(self._top_k[slots]),
+            top_p=rows(self._top_p[slots]),
+            uniforms=self._uniforms[slots, passes + 1].flatten(),
             shaped=shaped,
         )
-        reading = self._model.read(logits.flatten(0, 1), draw)
-        by_canvas = (len(active), self._canvas_length)
-        best, entropy = reading.best.view(by_canvas), reading.entropy.view(by_canvas)
-        verdict = sampler.judge(best, entropy, self._best[active], self._unchanged[active], self._schedule)
+
+    def _update(self, slots: Tensor, best: Tensor, entropy: Tensor, drawn: Tensor) -> None:
+        """The state of the slots int [n] after a pass that found best, entropy and drawn [n, C]."""
+        passes = self._passes[slots]
+        verdict = sampler.judge(best, entropy, self._best[slots], self._unchanged[slots], self._schedule)
         kept = sampler.accept(entropy, self._schedule.entropy_bound)
-        self._ids[active] = torch.where(kept, reading.drawn.view(by_canvas), self._noise_ids[active, passes + 1])
-        self._best[active] = best
-        self._unchanged[active] = verdict.unchanged
-        self._passes[active] = passes + 1
-        if self._probabilities is None:
-            sizes = (self._ids.shape[0], *logits.shape[1:])
-            self._probabilities = torch.zeros(sizes, dtype=reading.probabilities.dtype, device=self._device)
-        self._probabilities[active] = reading.probabilities.view_as(logits)
-        return verdict
+        self._ids[slots] = torch.where(kept, drawn, self._noise_ids[slots, passes + 1])
+        self._best[slots] = best
+        self._entropy[slots] = entropy
+        self._unchanged[slots] = verdict.unchanged
+        self._passes[slots] = passes + 1
+        self._finished[:, : len(slots)] = torch.stack((verdict.done, verdict.finite))
 
     def _advance(self, canvas: Canvas, *, done: bool, finite: bool) -> None:
         """The host's side of the same."""
         canvas.passes += 1
         canvas.steps += 1
+        canvas.settled = done
         if not finite:
             canvas.state = "non-finite"
+        elif canvas.guided:
+            return
         elif done:
             canvas.state = "done"
-            canvas.result = self.argmax(canvas)
+            canvas.result = tuple(self._best[canvas.slot].tolist())
         elif canvas.passes == self._schedule.max_denoising_steps:
             if canvas.attempt + 1 == ATTEMPTS:
                 canvas.state = "unconverged"
@@ -201,8 +289,21 @@ class Denoiser:
             device=self._device,
         )
         self._noise_ids[slot], self._uniforms[slot] = noise.ids, noise.uniforms
-        self._ids[slot] = noise.ids[0]
+        self._ids[slot] = torch.where(self._pins[slot] < 0, noise.ids[0], self._pins[slot])
         self._best[slot] = -1
         self._passes[slot] = self._unchanged[slot] = 0
-        if self._probabilities is not None:
-            self._probabilities[slot] = 0
+        if self._soft is not None:
+            self._soft[slot] = 0
+
+
+def _rows_of(draw: Draw, index: int, length: int) -> Draw:
+    """The rows of canvas number `index`."""
+    rows = slice(index * length, (index + 1) * length)
+    return replace(
+        draw,
+        temperature=draw.temperature[rows],
+        request_temperature=draw.request_temperature[rows],
+        top_k=draw.top_k[rows],
+        top_p=draw.top_p[rows],
+        uniforms=draw.uniforms[rows],
+    )

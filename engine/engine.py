@@ -237,8 +237,7 @@ class DiffusionEngine:
         commits = []
         try:
             if chunk is not None:
-                ids = torch.tensor(chunk.token_ids, dtype=torch.int64, device=self._device)
-                commits.append((ids, self._seats[chunk.slot].cache))
+                commits.append((chunk.token_ids, self._seats[chunk.slot].cache))
             canvases = [self._open_canvas(slot) for slot in ready]
             self._denoiser.step(canvases, [self._seats[slot.index].cache for slot in ready], commits)
         except Exception as error:

@@ -11,12 +11,13 @@ Shapes: S canvases, C positions.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from engine.config import GenerationDefaults
+from engine.kernels.reference_output import Reading
 
 
 def temperature_at(step: int, schedule: GenerationDefaults) -> float:
@@ -37,6 +38,20 @@ def accept(entropy: Tensor, bound: float) -> Tensor:
     ascending, order = torch.sort(entropy, dim=-1, stable=True)
     within = torch.cumsum(ascending, dim=-1) - ascending <= bound
     return torch.zeros_like(within).scatter(-1, order, within)
+
+
+def hold(reading: Reading, pins: Tensor) -> Reading:
+    """A reading in which the model is sure of every pinned row. pins int64 [R]: the row's id, -1 = free.
+
+    The probabilities stay as they are: what a pinned row is conditioned on next is its id's own embedding.
+    """
+    free = pins < 0
+    return replace(
+        reading,
+        best=torch.where(free, reading.best, pins),
+        entropy=torch.where(free, reading.entropy, 0.0),
+        drawn=torch.where(free, reading.drawn, pins),
+    )
 
 
 @dataclass(frozen=True)

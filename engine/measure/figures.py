@@ -20,7 +20,7 @@ from engine.measure.roofline import Ceilings, Rows, Work, joined_rows, pass_work
 
 LAPS = 20
 SECONDS = 4.0  # a figure takes about this long at most; one of each is measured whatever it takes
-WARM_UP = 3
+WARM_UP = 3  # the first compiles and the second captures, where there are graphs
 
 
 @dataclass(frozen=True)
@@ -200,7 +200,7 @@ def first_text_figure(bench: Bench, prompt: int, steps: int) -> Figure:
             rig.step()
         rig.result()
 
-    bench.clock.laps(reply, most=1, seconds=SECONDS, prepare=rig.clear)  # warm-up
+    bench.clock.laps(reply, most=WARM_UP, seconds=SECONDS / 2, prepare=rig.clear)
     laps = bench.clock.laps(reply, most=3, seconds=SECONDS, prepare=rig.clear)
     work = bench.canvas_of(joined_rows(config, 0, prompt), prompt, steps)
     return bench.figure(f"first_text@{prompt}/{steps}", f"prompt of {prompt} to first text, {steps} steps", laps, work)
@@ -214,8 +214,8 @@ def prefill_figure(bench: Bench, tokens: int) -> Figure:
     def commit() -> None:
         rig.commit(ids)
 
-    warm = bench.clock.laps(commit, most=1, seconds=SECONDS, prepare=rig.clear)
-    laps = bench.clock.laps(commit, most=3, seconds=SECONDS - warm[0].wall / 1000, prepare=rig.clear)
+    bench.clock.laps(commit, most=WARM_UP, seconds=SECONDS / 2, prepare=rig.clear)
+    laps = bench.clock.laps(commit, most=3, seconds=SECONDS, prepare=rig.clear)
     work = bench.pass_of([Rows(0, tokens, canvas=False)])
     rate = 1000 * tokens / timing.wall(laps)
     return bench.figure(f"prefill@{tokens}", f"prefill of {tokens} tokens", laps, work, value=rate, unit="tokens/s")
@@ -257,9 +257,9 @@ def beside_figure(bench: Bench, prompt: int, prefix: int) -> Figure:
         laps.append(clock.lap(partial(rig.step, commit=(chunk, 1))))
     committed, work = 0, Work()
     for chunk in rig.chunks(ids):
-        rows = [*step_rows(rig.config, prefix), Rows(committed, chunk.shape[0], canvas=False, slot=1)]
+        rows = [*step_rows(rig.config, prefix), Rows(committed, len(chunk), canvas=False, slot=1)]
         work += bench.pass_of(rows)
-        committed += chunk.shape[0]
+        committed += len(chunk)
     limit = bench.limit(work) / len(laps)
     detail: dict[str, Detail] = {
         "step_alone": timing.wall(alone),

@@ -1,6 +1,7 @@
 """An engine's own parts, worked by hand: commit, open a canvas, one pass. Nothing else here knows how they are called.
 
-Random weights never converge, so a canvas gets as many passes as it is told, not as many as it needs. Knows no clock.
+Random weights never converge, so a canvas gets as many passes as it is told: it is opened as a guided one, which ends
+when its guide says so and is otherwise like any other. Knows no clock.
 
 Invariant: a pass is exactly one that `DiffusionEngine.step` would run for the same slots, chunks and canvases.
 """
@@ -8,9 +9,9 @@ Invariant: a pass is exactly one that `DiffusionEngine.step` would run for the s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from random import Random
 
 import torch
-from torch import Tensor
 
 from engine.checkpoint import Checkpoint
 from engine.denoise import Canvas
@@ -39,8 +40,7 @@ class Rig:
         self._model, self._denoiser, self._caches = parts.model, parts.denoiser, parts.caches
         self._canvases: list[Canvas | None] = [None] * slots
         self._opened = 0
-        self._device = checkpoint.device
-        self._random = torch.Generator().manual_seed(0)
+        self._random = Random(0)
 
     @property
     def info(self) -> EngineInfo:
@@ -51,10 +51,9 @@ class Rig:
         self._engine.close()
         del self._model, self._denoiser, self._caches
 
-    def ids(self, count: int) -> Tensor:
-        """Random ids, int64 [count], on the device."""
-        drawn = torch.randint(self.info.vocab_size, (count,), generator=self._random)
-        return drawn.to(self._device)
+    def ids(self, count: int) -> tuple[int, ...]:
+        """Random ids."""
+        return tuple(self._random.randrange(self.info.vocab_size) for _ in range(count))
 
     def clear(self) -> None:
         """Forget every prefix and canvas."""
@@ -62,12 +61,12 @@ class Rig:
             cache.reset()
         self._canvases = [None] * len(self._caches)
 
-    def chunks(self, ids: Tensor) -> list[Tensor]:
+    def chunks(self, ids: Sequence[int]) -> list[Sequence[int]]:
         """A prompt as the engine commits it: pass by pass."""
-        return list(ids.split(self._chunk))
+        return [ids[start : start + self._chunk] for start in range(0, len(ids), self._chunk)]
 
     @torch.inference_mode()
-    def commit(self, ids: Tensor, slot: int = 0) -> None:
+    def commit(self, ids: Sequence[int], slot: int = 0) -> None:
         """Commit ids of any length in as many passes as the engine would take."""
         for chunk in self.chunks(ids):
             self._denoiser.step([], [], [(chunk, self._caches[slot])])
@@ -77,13 +76,13 @@ class Rig:
         """A fresh canvas in each of these slots."""
         for slot in slots:
             self._opened += 1
-            self._canvases[slot] = self._denoiser.open(slot, Sampling(seed=self._opened), 0)
+            self._canvases[slot] = self._denoiser.open(slot, Sampling(seed=self._opened), 0, guided=True)
 
     @torch.inference_mode()
-    def step(self, slots: Sequence[int] = (0,), commit: tuple[Tensor, int] | None = None) -> None:
+    def step(self, slots: Sequence[int] = (0,), commit: tuple[Sequence[int], int] | None = None) -> None:
         """One denoise pass over the canvases of these slots; `commit`: a chunk and its slot, in the same pass.
 
-        Raises EngineError if logits are not finite, or a canvas has had all its passes.
+        Raises EngineError if logits are not finite.
         """
         canvases = []
         for slot in slots:
@@ -93,13 +92,13 @@ class Rig:
         commits = [] if commit is None else [(commit[0], self._caches[commit[1]])]
         self._denoiser.step(canvases, [self._caches[slot] for slot in slots], commits)
         for canvas in canvases:
-            if canvas.state != "open" or canvas.just_redrawn:
-                state = "used up" if canvas.state == "open" else canvas.state
-                raise EngineError(f"a canvas of random weights is {state} after {canvas.steps} passes")
+            if canvas.state != "open":
+                raise EngineError(f"logits of random weights are {canvas.state} after {canvas.steps} passes")
 
     @torch.inference_mode()
     def result(self, slot: int = 0) -> tuple[int, ...]:
-        """What would be sent if the canvas were done now."""
+        """End the canvas; what would be sent."""
         canvas = self._canvases[slot]
         assert canvas is not None, f"no canvas is open in slot {slot}"
-        return self._denoiser.argmax(canvas)
+        self._denoiser.finish(canvas)
+        return canvas.result

@@ -64,7 +64,7 @@ def bench(options: BenchOptions) -> Iterator[Document]:
 
 def check(options: BenchOptions, shape: Shape) -> None:
     """Raise EngineError for something that cannot be measured."""
-    most = plan_random(options.shape, "bf16").generation.max_denoising_steps - 1
+    most = plan_random(options.shape, "bf16").generation.max_denoising_steps
     longest = shape.config.max_positions - 8 * shape.config.canvas_length
     unknown = [group for group in options.only if group not in GROUPS]
     problems = {

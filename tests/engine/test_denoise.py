@@ -35,25 +35,45 @@ def schedule(steps: int = 6, stability: int = 1, confidence: float = 0.005) -> G
 SOFTCAP = 1000.0  # so large that the scripts' logits pass as they are, but for rounding
 
 
+class ScriptedPlan:
+    """As much of a PassPlan as the loop looks at."""
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        self.slots = torch.tensor(slots)
+        self.layout = len(slots)
+
+    def advance(self) -> None:
+        pass
+
+
 class ScriptedModel:
-    """Logits by a function of (pass number, canvas ids [C], probabilities [C, V]); remembers what it was given."""
+    """Logits by a function of (pass number, canvas ids [C], probabilities [C, V]); remembers what it was given.
+
+    Its embedding is the identity, so what it is conditioned on are the probabilities themselves."""
 
     def __init__(self, script: Callable[[int, Tensor, Tensor], Tensor]) -> None:
         self.script = script
         self.canvases: list[Tensor] = []
         self.probabilities: list[Tensor] = []
 
-    def run(
-        self, commits: Sequence[object], canvas: Tensor, probabilities: Tensor | None, caches: Sequence[object]
-    ) -> Tensor:
+    def plan(self, commits: Sequence[object], canvases: Sequence[tuple[int, object]]) -> ScriptedPlan:
         assert not commits
-        assert canvas.shape == (len(caches), C)
+        return ScriptedPlan([slot for slot, _ in canvases])
+
+    def forward(self, plan: ScriptedPlan, canvas: Tensor, soft: Tensor | None) -> Tensor:
+        assert canvas.shape == (len(plan.slots), C)
         assert canvas.dtype == torch.int64
-        given = torch.zeros(len(caches), C, V) if probabilities is None else probabilities
+        given = torch.zeros(len(plan.slots), C, V) if soft is None else soft
         self.canvases.append(canvas.clone())
         self.probabilities.append(given.clone())
         call = len(self.canvases) - 1
         return torch.stack([self.script(call, ids, soft) for ids, soft in zip(canvas, given, strict=True)])
+
+    def embed_soft(self, probabilities: Tensor) -> Tensor:
+        return probabilities
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(ids, V).float()
 
     def read(self, logits: Tensor, draw: Draw) -> Reading:
         return read_logits(logits, SOFTCAP, draw)
@@ -210,3 +230,58 @@ def test_canvases_stepped_together_equal_each_alone() -> None:
             for row, n in enumerate(running):
                 seen[n].append(model.canvases[-1][row].tolist())
     assert seen == alone
+
+
+def test_pinned_positions_are_held_whatever_the_model_wants() -> None:
+    """In the input, the argmax, the self-conditioning and a redraw; free positions go on as if it wanted them too."""
+    model = ScriptedModel(lambda call, ids, soft: noisy(0, ids, soft))
+    subject = denoiser(model)
+    canvas = subject.open(1, Sampling(seed=3, temperature=0.0), 0)
+    subject.pin(canvas, 2, [30, 31])
+    subject.step([canvas], [None])  # type: ignore[list-item]
+    subject.pin(canvas, 6, [32])
+    best, entropy = subject.found(canvas)
+    assert (best[2:4], best[6], entropy[2:4], entropy[6]) == ([30, 31], 32, [0.0, 0.0], 0.0)
+    assert min(entropy[4:6]) > 0
+    while canvas.state == "open":
+        subject.step([canvas], [None])  # type: ignore[list-item]
+    assert (canvas.state, canvas.steps) == ("unconverged", 12)
+    for call, ids in enumerate(model.canvases):
+        assert ids[0, 2:4].tolist() == [30, 31]
+        assert call == 0 or ids[0, 6] == 32
+    fresh = canvas_noise(3, canvas=0, attempt=0, passes=6, canvas_length=C, vocab_size=V, device=CPU).ids[0]
+    assert model.canvases[0][0, [0, 1, 4, 5, 6, 7]].tolist() == fresh[[0, 1, 4, 5, 6, 7]].tolist()
+    for call, soft in enumerate(model.probabilities):
+        if call in (0, 6):  # the first pass of an attempt has no self-conditioning
+            assert (soft == 0).all()
+        else:
+            assert torch.equal(soft[0, [2, 3, 6]], torch.eye(V)[[30, 31, 32]])
+            assert torch.allclose(soft[0].sum(-1), torch.ones(C))
+
+
+def test_a_canvas_converges_around_its_pins() -> None:
+    subject = denoiser(ScriptedModel(lambda *_: peaked(range(10, 10 + C))))
+    canvas = subject.open(0, Sampling(seed=1), 0)
+    subject.pin(canvas, 0, [44])
+    run(subject, canvas)
+    assert (canvas.state, canvas.steps, canvas.result) == ("done", 2, (44, *range(11, 10 + C)))
+    assert run(subject, subject.open(0, Sampling(seed=1), 1)).result[0] == 10, "pins end with their canvas"
+
+
+def test_a_guided_canvas_ends_when_its_guide_says_so() -> None:
+    """Neither the stop rule nor the last pass ends or redraws it."""
+    subject = denoiser(ScriptedModel(lambda *_: peaked(range(10, 10 + C)) + torch.arange(V) / 100), steps=3)
+    canvas = subject.open(2, Sampling(seed=1), 0, guided=True)
+    other = subject.open(0, Sampling(seed=2), 0)
+    for running in ([other, canvas], [canvas, other], [canvas]):
+        subject.step(running, [None] * len(running))  # type: ignore[list-item]
+    assert (canvas.state, canvas.settled, canvas.attempt, other.state) == ("open", True, 0, "done")
+    assert subject.passes_left(canvas) == 0
+    allowed = bytearray(8)
+    for token_id in (3, 12, 33):
+        allowed[token_id // 8] |= 1 << token_id % 8
+    assert subject.best_allowed(canvas, 2, bytes(allowed)) == 12
+    assert subject.best_allowed(canvas, 3, bytes(allowed)) == 33
+    subject.pin(canvas, 3, [33])
+    subject.finish(canvas)
+    assert (canvas.state, canvas.result) == ("done", (10, 11, 12, 33, *range(14, 10 + C)))

@@ -42,6 +42,24 @@ class ListCache:
         self.ids.clear()
 
 
+class ScriptedPlan:
+    """As much of a PassPlan as the loop looks at, and what its model needs."""
+
+    def __init__(
+        self, commits: Sequence[tuple[Sequence[int], ListCache]], canvases: Sequence[tuple[int, ListCache]]
+    ) -> None:
+        self.commits, self.canvases = commits, canvases
+        self.slots = torch.tensor([slot for slot, _ in canvases], dtype=torch.int64)
+        self.layout = (len(commits), len(canvases))
+
+    def coming(self, cache: ListCache) -> list[int]:
+        return [token_id for ids, owner in self.commits if owner is cache for token_id in ids]
+
+    def advance(self) -> None:
+        for ids, cache in self.commits:
+            cache.ids.extend(ids)
+
+
 class ScriptedModel:
     """Deterministic "text": a function of the committed ids decides a canvas, some passes make it sure of it."""
 
@@ -52,37 +70,30 @@ class ScriptedModel:
         self.fail_commit_of: int | None = None
         self.error: Exception = RuntimeError("kaput")
 
-    def commit(self, ids: Tensor, cache: ListCache) -> None:
-        if self.fail_commit_of in ids.tolist():
-            raise self.error
-        self.commits.append(ids.tolist())
-        cache.ids.extend(ids.tolist())
+    def plan(
+        self, commits: Sequence[tuple[Sequence[int], ListCache]], canvases: Sequence[tuple[int, ListCache]]
+    ) -> ScriptedPlan:
+        for ids, _ in commits:
+            if self.fail_commit_of in ids:
+                raise self.error
+        return ScriptedPlan(commits, canvases)
 
-    def run(
-        self,
-        commits: Sequence[tuple[Tensor, ListCache]],
-        canvas: Tensor | None,
-        probabilities: Tensor | None,
-        caches: Sequence[ListCache],
-    ) -> Tensor | None:
+    def forward(self, plan: ScriptedPlan, canvas: Tensor | None, soft: Tensor | None) -> Tensor | None:
         """Like the real one: a pass that fails leaves the caches as they were."""
-        before = [(cache, list(cache.ids)) for _, cache in commits]
-        try:
-            for ids, cache in commits:
-                self.commit(ids, cache)
-            return None if canvas is None else self.denoise(canvas, caches)
-        except Exception:
-            for cache, ids in before:
-                cache.ids = ids
-            raise
+        logits = None
+        if canvas is not None:
+            self.passes += 1
+            assert canvas.shape == (len(plan.slots), C)
+            prefixes = [cache.ids + plan.coming(cache) for _, cache in plan.canvases]
+            logits = torch.stack([self.choose(prefix, ids) for prefix, ids in zip(prefixes, canvas, strict=True)])
+        self.commits += [list(ids) for ids, _ in plan.commits]
+        return logits
+
+    def embed_soft(self, probabilities: Tensor) -> Tensor:
+        return probabilities
 
     def read(self, logits: Tensor, draw: Draw) -> Reading:
         return read_logits(logits, 1000.0, draw)
-
-    def denoise(self, canvas: Tensor, caches: Sequence[ListCache]) -> Tensor:
-        self.passes += 1
-        assert canvas.shape == (len(caches), C)
-        return torch.stack([self.choose(cache.ids, ids) for cache, ids in zip(caches, canvas, strict=True)])
 
     @staticmethod
     def text(committed: list[int], canvas: Tensor) -> Tensor:
