@@ -1,6 +1,6 @@
 """The engine: token ids in, token ids out. Import only from here; no torch is imported until `build_engine` runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from engine.config import load_model_config, published_config
@@ -21,8 +21,10 @@ from engine.interface import (
     Sampling,
     Usage,
 )
-from engine.measure.figure import GROUPS as BENCH_GROUPS
-from engine.measure.figure import BenchOptions, Detail, Document, Figure
+from engine.measure.figure import Detail, Document, Figure
+from engine.measure.options import GROUPS as BENCH_GROUPS
+from engine.measure.options import BenchOptions
+from engine.measure.options import check as _check_bench
 from engine.measure.report import COLUMNS as FIGURE_COLUMNS
 from engine.measure.report import cells as figure_cells
 from engine.measure.report import computed_lines, profile_lines, shown
@@ -52,14 +54,16 @@ def build_random_engine(shape: str, form: str, options: EngineOptions, *, seed: 
 
 def bench_shape(options: BenchOptions) -> Iterator[Document]:
     """Measure a model of random weights; yields the same growing document after every figure. Raises EngineError."""
+    _check_bench(options)
     from engine.measure.run import bench  # deferred: imports torch
 
     return bench(options)
 
 
-def computed_steps(shape: str, formats: Sequence[str], prefix: int) -> list[dict[str, Detail]]:
+def computed_steps(options: BenchOptions) -> list[dict[str, Detail]]:
     """The least time of a denoise step on cards that are not here, one row a card and format. Raises EngineError."""
-    return _computed_steps(shape_of(shape), formats, prefix)
+    _check_bench(options)
+    return _computed_steps(shape_of(options.shape), options.formats, options.prompts[0])
 
 
 def quantize_checkpoint(

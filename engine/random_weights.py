@@ -83,7 +83,7 @@ def random_weight(
         assert isinstance(weight, Tensor), f"{name} is never quantised"
         return weight.fill_(_scale(kind, spec, config))
     deviation = 1.0 if kind == "router" else spec.shape[-1] ** -0.5
-    generator = torch.Generator(device).manual_seed(seed << 32 | zlib.crc32(name.encode()))
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
     match weight:
         case Tensor():
             return weight.normal_(0, deviation, generator=generator)
@@ -93,7 +93,7 @@ def random_weight(
         case Nvfp4Weight(packed, block_scale, row_scale):
             packed.random_(0, 256, generator=generator)
             block_scale.view(torch.uint8).random_(*BLOCK_SCALE_CODES, generator=generator)
-            row_scale.fill_(deviation / (E2M1_DEVIATION * _root_mean_square_of_block_scales()))
+            row_scale.fill_(deviation / (E2M1_DEVIATION * _typical_scale()))
         case Int4Weight(packed, group_scale):
             _fill_int4(packed, generator)
             group_scale.uniform_(0.8, 1.2, generator=generator).mul_(deviation / INT4_DEVIATION)
@@ -129,7 +129,8 @@ def _fill_int4(packed: Tensor, generator: torch.Generator) -> None:
         place.sub_(high * 15).add_(1).bitwise_or_((high + 1) << 4)
 
 
-def _root_mean_square_of_block_scales() -> float:
+def _typical_scale() -> float:
+    """Root mean square of the e4m3 scales drawn."""
     codes = torch.arange(*BLOCK_SCALE_CODES, dtype=torch.uint8).view(torch.float8_e4m3fn)
     return codes.float().square().mean().sqrt().item()
 

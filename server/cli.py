@@ -175,14 +175,20 @@ def bench(
     """Measure speed on this machine. The last line printed is one JSON document."""
     from server import shape_bench
 
-    ours = {"--requests": requests, "--max-tokens": max_tokens}
-    theirs = {"--weights": weights, "--format": form, "--steps": steps, "--slots": slots, "--only": only}
+    ours: dict[str, object] = {"--requests": requests, "--max-tokens": max_tokens}
+    theirs: dict[str, object] = {
+        "--weights": weights,
+        "--format": form,
+        "--steps": steps,
+        "--slots": slots,
+        "--only": only,
+    }
     theirs |= {"--start-up": start_up, "--profile": profile, "--computed": computed}
     if shape is None:
         _refuse(theirs, "belongs to --shape, which measures a model of random weights")
         _bench_requests(settings, prompt, requests or 5, max_tokens, json_path)
         return
-    loading = {flag: True for flag in typed if flag not in ("--device", "--dtype", "--kernels")}
+    loading: dict[str, object] = {flag: True for flag in typed if flag not in ("--device", "--dtype", "--kernels")}
     _refuse(ours | loading, "has no meaning with --shape, which loads no model and serves no requests")
     if weights not in (None, "random"):
         raise SettingsError(f"--weights must be random, not {weights!r}; leave --shape out to measure a checkpoint")

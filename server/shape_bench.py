@@ -68,7 +68,7 @@ def _measured(options: BenchOptions, progress: Console, path: Path | None) -> Do
 def _show_computed(options: BenchOptions, console: Console) -> None:
     """What cards that are not here would need at the least."""
     prefix = options.prompts[0]
-    rows = computed_steps(options.shape, options.formats, prefix)
+    rows = computed_steps(options)
     console.print(
         f"Computed, not measured: the least ms of a denoise step, prefix {prefix}; * = bound by the matrix units",
         markup=False,

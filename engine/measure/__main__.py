@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from engine.interface import EngineError
-from engine.measure.figure import GROUPS, BenchOptions, Document
+from engine.measure.figure import Document
+from engine.measure.options import GROUPS, BenchOptions, check
 from engine.measure.report import COLUMNS, cells, computed_lines, computed_steps, line, profile_lines
 from engine.shapes import FORMAT_CHOICES, SHAPES, shape_of
 
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         seed=asked.seed,
     )
     try:
+        check(options)
         return _computed(options) if asked.computed else _measured(options, asked.json)
     except EngineError as error:
         print(f"engine.measure: {' '.join(str(error).split())}", file=sys.stderr)

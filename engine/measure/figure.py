@@ -1,4 +1,4 @@
-"""What was asked to be measured and what came out: plain data, for tables and for JSON.
+"""What came out of measuring: plain data, for tables and for JSON.
 
 Crosses the wall to the server. Knows no torch. Invariant: a figure that could not be measured has no value but a note
 that says why; nothing is ever estimated in its place.
@@ -15,26 +15,7 @@ from typing import Any
 from engine.interface import EngineError
 from engine.measure.roofline import Work
 
-GROUPS = ("start", "step", "commit", "first-text", "memory", "prefill", "prefix", "beside", "slots")
 Detail = float | int | str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchOptions:
-    """What to measure of a model of random weights, and where. Names as on the command line."""
-
-    shape: str
-    formats: tuple[str, ...] = ("bf16",)
-    steps: int = 16  # denoise passes of a canvas
-    prompts: tuple[int, ...] = (512,)  # tokens committed before the canvas
-    slots: tuple[int, ...] = (1, 2, 4, 8)  # canvases open at a time
-    only: tuple[str, ...] = GROUPS
-    start_up: bool = False  # in processes of their own, with a cold and with a warm kernel cache
-    profile: bool = False
-    device: str = "auto"
-    dtype: str = "auto"
-    kernels: str = "auto"
-    seed: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,9 +24,10 @@ from engine.interface import EngineError, EngineOptions
 from engine.measure import figures as measuring
 from engine.measure.ceilings import MeasuredCeilings, measure_ceilings
 from engine.measure.clock import Clock
-from engine.measure.figure import GROUPS, BenchOptions, Document, Figure, Run
+from engine.measure.figure import Document, Figure, Run
 from engine.measure.figures import Bench
 from engine.measure.memory import Memory
+from engine.measure.options import BenchOptions
 from engine.measure.profile import profile
 from engine.measure.rig import Rig
 from engine.measure.start_up import kernels_on_disk, start_up_figures
@@ -36,10 +37,10 @@ from engine.shapes import FORMAT_FLAGS, Shape, shape_of
 
 
 def bench(options: BenchOptions) -> Iterator[Document]:
-    """Measure; yields the same growing document after every figure. Raises EngineError for what cannot be measured,
-    before anything is, and for a model that does not fit, with what it needs."""
+    """Measure what `options` say, which have been checked; yields the same growing document after every figure.
+
+    Raises EngineError, before anything is measured, for a model that does not fit, with what it needs."""
     shape = shape_of(options.shape)
-    check(options, shape)
     engine_options = EngineOptions(
         model=options.shape, device=options.device, dtype=options.dtype, kernels=options.kernels
     )
@@ -60,27 +61,6 @@ def bench(options: BenchOptions) -> Iterator[Document]:
             yield document
         _free(device)
     yield document
-
-
-def check(options: BenchOptions, shape: Shape) -> None:
-    """Raise EngineError for something that cannot be measured."""
-    most = plan_random(options.shape, "bf16").generation.max_denoising_steps
-    longest = shape.config.max_positions - 8 * shape.config.canvas_length
-    unknown = [group for group in options.only if group not in GROUPS]
-    problems = {
-        f"steps must be in 2..{most}, not {options.steps}": not 2 <= options.steps <= most,
-        f"a prompt must have 1 to {longest} tokens": not all(1 <= prompt <= longest for prompt in options.prompts),
-        "slots must be in 1..64": not all(1 <= slots <= 64 for slots in options.slots),
-        f"unknown figures {', '.join(unknown)}; choose {', '.join(GROUPS)}": unknown,
-        "give at least one format, prompt and number of slots": not (
-            options.formats and options.prompts and options.slots
-        ),
-    }
-    for problem, found in problems.items():
-        if found:
-            raise EngineError(problem)
-    for form in options.formats:
-        plan_random(options.shape, form)
 
 
 class FormatBench:
@@ -258,8 +238,8 @@ def _missing(key: str, title: str, why: str) -> Figure:
 
 def _free(device: torch.device) -> None:
     """Give back what the last engine or format held."""
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 from engine.interface import EngineError
-from engine.measure.figure import BenchOptions, Figure
+from engine.measure.figure import Figure
+from engine.measure.options import BenchOptions
 
 SECONDS = 300.0  # until a start that does not end is given up
 CACHE = "TRITON_CACHE_DIR"
