@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
+from engine.assemble import assemble, choose_kernels
 from engine.checkpoint import Checkpoint, plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
 from engine.denoise import Canvas, Denoiser, Model
@@ -32,12 +33,12 @@ from engine.interface import (
     GenerationRequest,
 )
 from engine.kv_cache import KVCache, KVPool
-from engine.model.gemma4 import DiffusionGemma
 from engine.options import (
-    OP_SETS,
+    check_options,
     choose_context,
+    choose_device,
+    choose_dtype,
     require_fit,
-    settle,
 )
 from engine.random_weights import plan_random, random_checkpoint
 from engine.scheduler import CommitChunk, Scheduler, Slot
@@ -94,6 +95,7 @@ class DiffusionEngine:
             canvas_length=info.canvas_length,
             vocab_size=info.vocab_size,
             device=self._device,
+            graphs=info.kernels == "triton",
         )
         self._scheduler = Scheduler(
             slots=len(caches),
@@ -175,7 +177,7 @@ class DiffusionEngine:
             info.load_seconds,
         )
         return cls(
-            DiffusionGemma(config, checkpoint.tensors, OP_SETS[kernels], pool),
+            assemble(config, checkpoint.tensors, pool, kernels),
             pool.slots,
             schedule,
             info,
@@ -309,6 +311,14 @@ class DiffusionEngine:
             raise EngineError("the engine is closed")
 
 
+def settle(options: EngineOptions) -> tuple[torch.device, torch.dtype, str]:
+    """Device, dtype and the op set's name. Raises EngineError for an option that cannot be met."""
+    check_options(options)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    return device, dtype, choose_kernels(options.kernels, device, dtype)
+
+
 def check_request(request: GenerationRequest, vocab_size: int) -> None:
     """Raise EngineError, naming the field, for a request that no engine could serve."""
     sampling = request.sampling
@@ -324,6 +334,7 @@ def check_request(request: GenerationRequest, vocab_size: int) -> None:
         ),
         f"top_k must be 0 or more, not {sampling.top_k}": sampling.top_k < 0,
         f"top_p must be in 0..1, not {sampling.top_p}": not 0 <= sampling.top_p <= 1,
+        f"min_p must be in 0..1, not {sampling.min_p}": not 0 <= sampling.min_p <= 1,
     }
     for problem, found in problems.items():
         if found:

@@ -42,6 +42,7 @@ class Sampling:
     temperature: float = 1.0  # multiplies the schedule's temperature; 0 = argmax
     top_k: int = 0  # 0 = off
     top_p: float = 1.0  # 1 = off
+    min_p: float = 0.0  # share of the likeliest id's probability that an id must have; 0 = off
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +140,7 @@ class EngineOptions:
     model: str  # folder or hub id
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: str = "auto"  # auto (float32 on cpu, bfloat16 on cuda) | float32 | bfloat16
-    kernels: str = "auto"  # auto | reference
+    kernels: str = "auto"  # auto (triton on a GPU in bfloat16) | reference | triton
     context_length: int | None = None  # None = the checkpoint's, as far as memory goes
     max_waiting: int = 64  # bound of the waiting queue
     quantize: str | None = None  # fp8 | nvfp4 | int4: quantise a bf16 checkpoint while loading

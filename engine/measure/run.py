@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 
 import torch
-import triton
 
 from engine.checkpoint import Checkpoint
+from engine.engine import settle
 from engine.interface import EngineError, EngineOptions
 from engine.measure import figures as measuring
 from engine.measure.ceilings import MeasuredCeilings, measure_ceilings
@@ -31,7 +32,7 @@ from engine.measure.options import BenchOptions
 from engine.measure.profile import profile
 from engine.measure.rig import Rig
 from engine.measure.start_up import kernels_on_disk, start_up_figures
-from engine.options import require_fit, settle
+from engine.options import require_fit
 from engine.random_weights import plan_random, random_checkpoint
 from engine.shapes import FORMAT_FLAGS, Shape, shape_of
 
@@ -258,6 +259,6 @@ def _facts(options: BenchOptions, device: torch.device, dtype: torch.dtype, kern
         "capability": list(torch.cuda.get_device_capability(device)) if gpu else None,
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory if gpu else None,
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        "triton": version("triton") if gpu else None,
         "cuda": torch.version.cuda,
     }

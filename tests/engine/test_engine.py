@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine import options as choices
+from engine.assemble import buckets, choose_kernels
 from engine.config import GenerationDefaults, LayerConfig, ModelConfig
 from engine.engine import DiffusionEngine
 from engine.interface import (
@@ -369,6 +370,8 @@ def test_a_broken_device_is_not_hidden() -> None:
         (request(temperature=float("inf")), "temperature"),
         (request(top_k=-1), "top_k"),
         (request(top_p=1.5), "top_p"),
+        (request(min_p=-0.1), "min_p"),
+        (request(min_p=float("nan")), "min_p"),
         (request(prompt=[2] * 64), "does not fit"),
     ],
 )
@@ -408,12 +411,14 @@ def test_auto_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choices.choose_device("auto") == CPU
     assert choices.choose_dtype("auto", CPU) == torch.float32
     assert choices.choose_dtype("bfloat16", CPU) == torch.bfloat16
-    assert choices.choose_kernels("auto") == "reference"
+    assert choose_kernels("auto", CPU, torch.float32) == "reference"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choices.choose_device("auto") == torch.device("cuda", 0)
     assert choices.choose_device("cuda:1") == torch.device("cuda", 1)
     assert choices.choose_dtype("auto", torch.device("cuda", 0)) == torch.bfloat16
+    assert choose_kernels("auto", torch.device("cuda", 0), torch.bfloat16) == "triton"
+    assert choose_kernels("auto", torch.device("cuda", 0), torch.float32) == "reference"
     with pytest.raises(EngineError, match="only 2"):
         choices.choose_device("cuda:2")
 
@@ -433,8 +438,15 @@ def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_names_list_the_choices() -> None:
     with pytest.raises(EngineError, match=r"float16.*float32 or bfloat16"):
         choices.choose_dtype("float16", CPU)
-    with pytest.raises(EngineError, match=r"triton.*reference"):
-        choices.choose_kernels("triton")
+    with pytest.raises(EngineError, match=r"cuda.*reference or triton"):
+        choose_kernels("cuda", CPU, torch.float32)
+    with pytest.raises(EngineError, match="need an NVIDIA GPU"):
+        choose_kernels("triton", CPU, torch.float32)
+
+
+def test_buckets_double_and_hold_the_most() -> None:
+    assert buckets(1) == (64,)
+    assert buckets(512 + 64) == (64, 128, 256, 512, 1024)
 
 
 FULL = LayerConfig(kind="full", head_dim=16, kv_heads=2, rope_theta=1e6, rope_partial=0.25)
