@@ -6,6 +6,8 @@ from pathlib import Path
 from engine.config import load_model_config, published_config
 from engine.formats import layout
 from engine.interface import (
+    MAX_DENOISING_STEPS,
+    MAX_LOGPROBS,
     CanvasDone,
     CheckpointError,
     Engine,
@@ -19,6 +21,8 @@ from engine.interface import (
     QueueFull,
     RequestTooLong,
     Sampling,
+    Schedule,
+    TokenLogprobs,
     Usage,
 )
 from engine.measure.figure import Detail, Document, Figure
@@ -103,6 +107,8 @@ __all__ = [
     "BENCH_GROUPS",
     "CARDS",
     "FIGURE_COLUMNS",
+    "MAX_DENOISING_STEPS",
+    "MAX_LOGPROBS",
     "SHAPES",
     "BenchOptions",
     "CanvasDone",
@@ -122,6 +128,8 @@ __all__ = [
     "QueueFull",
     "RequestTooLong",
     "Sampling",
+    "Schedule",
+    "TokenLogprobs",
     "Usage",
     "bench_shape",
     "build_engine",

@@ -13,14 +13,15 @@ positions, but are neither delivered nor committed, so no memory is needed for t
 from __future__ import annotations
 
 import logging
-import math
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from engine.assemble import assemble, choose_kernels
+from engine.check_request import check_request
 from engine.checkpoint import Checkpoint, plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
 from engine.denoise import Canvas, Denoiser, Model
@@ -55,10 +56,12 @@ class Seat:
 
     cache: KVCache
     canvas: Canvas | None = None
+    said: Counter[int] = field(default_factory=Counter)  # ids of the reply's canvases so far, for penalties
 
     def clear(self) -> None:
         self.cache.reset()
         self.canvas = None
+        self.said.clear()
 
 
 @dataclass(frozen=True)
@@ -254,7 +257,15 @@ class DiffusionEngine:
         seat, reply = self._seats[slot.index], slot.reply
         assert reply is not None, f"slot {slot.index} is ready but empty"
         if seat.canvas is None:
-            seat.canvas = self._denoiser.open(slot.index, reply.request.sampling, index=reply.canvases)
+            request = reply.request
+            seat.canvas = self._denoiser.open(
+                slot.index,
+                request.sampling,
+                index=reply.canvases,
+                schedule=request.schedule,
+                logprobs=request.logprobs,
+                said=seat.said,
+            )
         return seat.canvas
 
     def _settle(self, slot: Slot, canvas: Canvas) -> None:
@@ -262,7 +273,10 @@ class DiffusionEngine:
         if canvas.state == "open":
             return
         if canvas.state == "done":
-            self._scheduler.deliver(slot, canvas.result, canvas.steps)
+            logprobs = () if canvas.logprobs is None else self._denoiser.logprobs(canvas)
+            if canvas.penalised:
+                self._seats[slot.index].said.update(canvas.result)
+            self._scheduler.deliver(slot, canvas.result, canvas.steps, logprobs)
         elif canvas.state == "unconverged":
             logger.warning("canvas %d did not converge in %d steps; the reply ends", canvas.index, canvas.steps)
             self._scheduler.fail(
@@ -317,25 +331,3 @@ def settle(options: EngineOptions) -> tuple[torch.device, torch.dtype, str]:
     device = choose_device(options.device)
     dtype = choose_dtype(options.dtype, device)
     return device, dtype, choose_kernels(options.kernels, device, dtype)
-
-
-def check_request(request: GenerationRequest, vocab_size: int) -> None:
-    """Raise EngineError, naming the field, for a request that no engine could serve."""
-    sampling = request.sampling
-    problems = {
-        "prompt_ids is empty": not request.prompt_ids,
-        f"prompt_ids has an id outside 0..{vocab_size - 1}": any(
-            not 0 <= token_id < vocab_size for token_id in request.prompt_ids
-        ),
-        f"max_tokens must be at least 1, not {request.max_tokens}": request.max_tokens < 1,
-        f"seed must be in 0..2**64-1, not {sampling.seed}": not 0 <= sampling.seed < 2**64,
-        f"temperature must be 0 or more and finite, not {sampling.temperature}": not (
-            math.isfinite(sampling.temperature) and sampling.temperature >= 0
-        ),
-        f"top_k must be 0 or more, not {sampling.top_k}": sampling.top_k < 0,
-        f"top_p must be in 0..1, not {sampling.top_p}": not 0 <= sampling.top_p <= 1,
-        f"min_p must be in 0..1, not {sampling.min_p}": not 0 <= sampling.min_p <= 1,
-    }
-    for problem, found in problems.items():
-        if found:
-            raise EngineError(problem)
