@@ -109,6 +109,7 @@ class Denoiser:
         self._outputs: dict[Hashable, Tensor] = {}  # logits [n, C, V] by kind of pass; overwritten by the next pass
         self._logits: Tensor | None = None  # those of the last pass
         self._rows: dict[int, int] = {}  # which of them are a slot's
+        self._last: tuple[PassPlan, tuple[Canvas, ...]] | None = None  # the last pass's plan, if it committed nothing
 
     def open(
         self,
@@ -152,7 +153,7 @@ class Denoiser:
         ValueError, with nothing changed, if ids do not fit a slot's capacity.
         """
         slots = [canvas.slot for canvas in canvases]
-        plan = self._model.plan(commits, list(zip(slots, caches, strict=True)))
+        plan = self._plan(canvases, caches, commits)
         flags = Flags.of(canvases)
         kind = (plan.layout, flags)
         self._graphs.run(kind, lambda: self._pass(plan, flags))
@@ -161,6 +162,22 @@ class Denoiser:
         self._logits, self._rows = self._outputs.get(kind), {slot: row for row, slot in enumerate(slots)}
         for canvas, done, finite in zip(canvases, *finished, strict=True):
             self._advance(canvas, done=done, finite=finite)
+
+    def _plan(
+        self,
+        canvases: Sequence[Canvas],
+        caches: Sequence[KVCache],
+        commits: Sequence[tuple[Sequence[int], KVCache]],
+    ) -> PassPlan:
+        """The plan of a pass; that of the last one if the same canvases go on and nothing is committed: while a canvas
+        is open its prefix stays what it was."""
+        if self._last is not None and not commits:
+            plan, seen = self._last
+            if len(seen) == len(canvases) and all(one is other for one, other in zip(seen, canvases, strict=True)):
+                return plan
+        plan = self._model.plan(commits, [(canvas.slot, cache) for canvas, cache in zip(canvases, caches, strict=True)])
+        self._last = None if commits else (plan, tuple(canvases))
+        return plan
 
     def pin(self, canvas: Canvas, start: int, token_ids: Sequence[int]) -> None:
         """Hold the positions from `start` on at `token_ids`, from now on and in every redraw."""

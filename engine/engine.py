@@ -24,7 +24,7 @@ from engine import held_canvas
 from engine.assemble import assemble, choose_kernels
 from engine.canvas import Canvas
 from engine.check_request import check_request
-from engine.checkpoint import plan_checkpoint, read_checkpoint
+from engine.checkpoint import Checkpoint, plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
 from engine.denoise import Denoiser, Model
 from engine.formats import choose
@@ -44,7 +44,9 @@ from engine.options import (
     choose_dtype,
     require_fit,
 )
+from engine.random_weights import plan_random, random_checkpoint
 from engine.scheduler import CommitChunk, Scheduler, Slot
+from engine.shapes import FORMAT_FLAGS
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +65,15 @@ class Seat:
         self.cache.reset()
         self.canvas = None
         self.said.clear()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The model, the denoiser of its canvases, and each slot's cache."""
+
+    model: Model
+    denoiser: Denoiser
+    caches: tuple[KVCache, ...]
 
 
 class DiffusionEngine:
@@ -106,17 +117,42 @@ class DiffusionEngine:
         """Load a checkpoint. Raises EngineError for an option that cannot be met or a model that does not fit, before
         anything is read, and CheckpointError for the rest."""
         started = time.monotonic()
-        check_options(options)
-        device = choose_device(options.device)
-        dtype = choose_dtype(options.dtype, device)
-        kernels = choose_kernels(options.kernels, device, dtype)
+        device, dtype, kernels = settle(options)
         plan = plan_checkpoint(options.model, choose(options.quantize, options.quantize_dense))
-        config, schedule = plan.config, plan.generation
         require_fit(plan, options, device, dtype)
         checkpoint = read_checkpoint(plan, device, dtype, options.progress)
+        return cls.from_checkpoint(checkpoint, options, kernels=kernels, started=started)
+
+    @classmethod
+    def from_random(cls, shape: str, form: str, options: EngineOptions, *, seed: int = 0) -> DiffusionEngine:
+        """A model without a checkpoint: random weights of a shape and format by name, see `engine.shapes`.
+
+        `options.model` is a title only. Raises EngineError as `from_options` does."""
+        started = time.monotonic()
+        device, dtype, kernels = settle(options)
+        plan = plan_random(shape, form)
+        require_fit(plan, options, device, dtype, FORMAT_FLAGS)
+        checkpoint = random_checkpoint(plan, device, dtype, seed=seed)
+        return cls.from_checkpoint(checkpoint, options, kernels=kernels, started=started)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        options: EngineOptions,
+        *,
+        kernels: str,
+        started: float | None = None,
+        slots: int = SLOTS,
+    ) -> DiffusionEngine:
+        """An engine on weights that are on their device already; several may share them. `started`: when loading
+        began, by `time.monotonic`. Raises EngineError if there is no memory for the context."""
+        started = time.monotonic() if started is None else started
+        config, schedule = checkpoint.config, checkpoint.generation
+        device, dtype = checkpoint.device, checkpoint.dtype
         context = choose_context(options.context_length, config, device, dtype)
         try:
-            pool = KVPool(config, SLOTS, context, device, dtype, chunk=options.commit_chunk)
+            pool = KVPool(config, slots, context, device, dtype, chunk=options.commit_chunk)
         except RuntimeError as error:  # torch's class for a failed allocation differs between devices
             raise EngineError(f"no memory for a context of {context} positions on {device}: {error}") from error
         info = EngineInfo(
@@ -158,6 +194,11 @@ class DiffusionEngine:
     @property
     def info(self) -> EngineInfo:
         return self._info
+
+    @property
+    def parts(self) -> Parts:
+        """What passes are made of, for those who measure them one by one instead of serving requests."""
+        return Parts(self._model, self._denoiser, tuple(seat.cache for seat in self._seats))
 
     @property
     def has_work(self) -> bool:
@@ -295,3 +336,11 @@ class DiffusionEngine:
     def _require_open(self) -> None:
         if self._closed:
             raise EngineError("the engine is closed")
+
+
+def settle(options: EngineOptions) -> tuple[torch.device, torch.dtype, str]:
+    """Device, dtype and the op set's name. Raises EngineError for an option that cannot be met."""
+    check_options(options)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    return device, dtype, choose_kernels(options.kernels, device, dtype)
