@@ -13,8 +13,8 @@ from random import Random
 
 import torch
 
+from engine.canvas import Canvas
 from engine.checkpoint import Checkpoint
-from engine.denoise import Canvas
 from engine.engine import DiffusionEngine
 from engine.interface import EngineError, EngineInfo, EngineOptions, GenerationRequest, Sampling
 
