@@ -41,8 +41,8 @@ def run(options: BenchOptions, path: Path | None, *, computed: bool) -> bool:
     console.print(_head(document.facts), markup=False, soft_wrap=True)
     for found in document.runs:
         console.print(table(found.form, [figure_cells(figure) for figure in found.figures]))
-        if found.profile is not None:
-            console.print("\n".join(profile_lines(found.profile)), markup=False, soft_wrap=True)
+        for name, rows in found.profiles.items():
+            console.print("\n".join([f"{found.form}: {name}", *profile_lines(rows), ""]), markup=False, soft_wrap=True)
     print(json.dumps(document.as_json()))
     return not document.failed
 
