@@ -34,6 +34,7 @@ from engine.interface import (
     EngineInfo,
     EngineOptions,
     Event,
+    GenerationRequest,
     Request,
 )
 from engine.kv_cache import KVCache, KVPool
@@ -259,10 +260,11 @@ class DiffusionEngine:
         """The slot's canvas; a new one if its last is done."""
         seat, reply = self._seats[slot.index], slot.reply
         assert reply is not None, f"slot {slot.index} is ready but empty"
-        if seat.canvas is None and isinstance(reply.request, CanvasRequest):
-            seat.canvas = held_canvas.open_held(self._denoiser, slot.index, reply.request)
+        request = reply.request
+        if seat.canvas is None and isinstance(request, CanvasRequest):
+            seat.canvas = held_canvas.open_held(self._denoiser, slot.index, request)
         elif seat.canvas is None:
-            request = reply.request
+            assert isinstance(request, GenerationRequest)
             seat.canvas = self._denoiser.open(
                 slot.index,
                 request.sampling,
