@@ -22,6 +22,7 @@ from engine.demo.training_model import TrainingModel
 
 FULL_NOISE = 0.35  # share of first canvases that are noise throughout, as the sampler's first is
 CLEAN_START = 0.25  # share whose beginning is clean, and the rest noise of its own share t
+GAP = 0.15  # share that is clean but for one run of positions: what a canvas with held positions looks like
 ACCEPTED = 0.8  # share of second canvases that are the sampler's; the others keep the first's noise
 DRAWN = 0.3  # share of the sampler's canvases whose sure positions hold what the model drew, right or wrong
 SURE = 0.5  # nats: below it, a draw that is not the reply is a mistake and not another choice
@@ -63,7 +64,8 @@ def cross_entropy(
 
 
 def with_noise(canvas: Tensor, vocab: int) -> Tensor:
-    """`canvas` [B, N, C] with ids replaced at random: a share t of them, drawn for every canvas, or behind a start."""
+    """`canvas` [B, N, C] with ids replaced at random: a share t of them, drawn for every canvas, or behind a start, or
+    in a gap, of which half are noise throughout."""
     rows, count, length = canvas.shape
     device = canvas.device
     kind = torch.rand(rows, count, 1, device=device)
@@ -71,8 +73,16 @@ def with_noise(canvas: Tensor, vocab: int) -> Tensor:
     start = (torch.rand(rows, count, 1, device=device) * length).long()
     from_start = kind > 1 - CLEAN_START
     t = torch.where(kind < FULL_NOISE, 1.0, torch.where(from_start, (2 * t).clamp(max=1.0), t))
+    in_gap = (kind >= FULL_NOISE) & (kind < FULL_NOISE + GAP)
+    size, first, whole = torch.rand(3, rows, count, 1, device=device)
+    short = torch.rand(rows, count, 1, device=device) < 0.6  # up to 8 positions in the canvas's first half
+    size = torch.where(short, 1 + 8 * size, 1 + length * size).long()
+    first = (first * length * torch.where(short, 0.5, 1.0)).long()
+    t = torch.where(in_gap & (whole < 0.5), 1.0, t)
+    position = torch.arange(length, device=device)
     replaced = torch.rand(canvas.shape, device=device) < t
-    replaced &= ~(from_start & (torch.arange(length, device=device) < start))
+    replaced &= ~(from_start & (position < start))
+    replaced &= ~in_gap | ((position >= first) & (position < first + size))
     return torch.where(replaced, torch.randint(0, vocab, canvas.shape, device=device), canvas)
 
 
