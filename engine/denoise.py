@@ -81,7 +81,8 @@ class Canvas:
     @property
     def shaped(self) -> bool:
         """Whether the request asks for another draw than the model's own."""
-        return (self.sampling.temperature, self.sampling.top_k, self.sampling.top_p) != (1.0, 0, 1.0)
+        sampling = self.sampling
+        return (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) != (1.0, 0, 1.0, 0.0)
 
 
 class Denoiser:
@@ -122,7 +123,7 @@ class Denoiser:
         self._passes, self._unchanged = state(slots), state(slots)
         self._noise_ids = state(slots, passes + 1, canvas_length)
         self._uniforms = state(slots, passes + 1, canvas_length, dtype=torch.float32)
-        self._request_temperature, self._top_p = (state(slots, dtype=torch.float32) for _ in range(2))
+        self._request_temperature, self._top_p, self._min_p = (state(slots, dtype=torch.float32) for _ in range(3))
         self._top_k = state(slots, dtype=torch.int32)
         self._finished = state(2, slots, dtype=torch.bool)  # of a pass's canvases, in order: done; finite
         # made by the first pass, which knows size and dtype, and never again
@@ -137,6 +138,7 @@ class Denoiser:
         self._pins[slot] = -1
         self._request_temperature[slot] = sampling.temperature
         self._top_p[slot] = sampling.top_p
+        self._min_p[slot] = sampling.min_p
         self._top_k[slot] = min(sampling.top_k, self._vocab_size)
         self._start(canvas)
         return canvas
@@ -240,6 +242,7 @@ class Denoiser:
             request_temperature=rows(self._request_temperature[slots]),
             top_k=rows(self._top_k[slots]),
             top_p=rows(self._top_p[slots]),
+            min_p=rows(self._min_p[slots]),
             uniforms=self._uniforms[slots, passes + 1].flatten(),
             shaped=shaped,
         )
@@ -305,5 +308,7 @@ def _rows_of(draw: Draw, index: int, length: int) -> Draw:
         request_temperature=draw.request_temperature[rows],
         top_k=draw.top_k[rows],
         top_p=draw.top_p[rows],
+        min_p=draw.min_p[rows],
         uniforms=draw.uniforms[rows],
+        bias=None if draw.bias is None else draw.bias[index : index + 1],
     )

@@ -286,6 +286,7 @@ def check_request(request: GenerationRequest, vocab_size: int) -> None:
         ),
         f"top_k must be 0 or more, not {sampling.top_k}": sampling.top_k < 0,
         f"top_p must be in 0..1, not {sampling.top_p}": not 0 <= sampling.top_p <= 1,
+        f"min_p must be in 0..1, not {sampling.min_p}": not 0 <= sampling.min_p <= 1,
     }
     for problem, found in problems.items():
         if found:

@@ -42,6 +42,7 @@ class Sampling:
     temperature: float = 1.0  # multiplies the schedule's temperature; 0 = argmax
     top_k: int = 0  # 0 = off
     top_p: float = 1.0  # 1 = off
+    min_p: float = 0.0  # share of the likeliest id's probability that an id must have; 0 = off
 
 
 @dataclass(frozen=True, kw_only=True)

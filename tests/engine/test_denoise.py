@@ -119,6 +119,7 @@ def test_a_pass_goes_in_the_models_order() -> None:
             request_temperature=torch.ones(C),
             top_k=torch.zeros(C, dtype=torch.int32),
             top_p=torch.ones(C),
+            min_p=torch.zeros(C),
             uniforms=noise.uniforms[step],
             shaped=False,
         )
@@ -208,7 +209,11 @@ def test_bad_logits_give_the_canvas_up_at_once(bad: float) -> None:
 
 def test_canvases_stepped_together_equal_each_alone() -> None:
     """Different seeds, temperatures and starting times; the soft input of a fresh canvas beside others is zero."""
-    samplings = [Sampling(seed=1), Sampling(seed=2, temperature=0.5, top_k=3), Sampling(seed=3, temperature=0.0)]
+    samplings = [
+        Sampling(seed=1),
+        Sampling(seed=2, temperature=0.5, top_k=3, min_p=0.1),
+        Sampling(seed=3, temperature=0.0),
+    ]
 
     def script(call: int, ids: Tensor, soft: Tensor) -> Tensor:
         return noisy(0, ids, soft)

@@ -369,6 +369,8 @@ def test_a_broken_device_is_not_hidden() -> None:
         (request(temperature=float("inf")), "temperature"),
         (request(top_k=-1), "top_k"),
         (request(top_p=1.5), "top_p"),
+        (request(min_p=-0.1), "min_p"),
+        (request(min_p=float("nan")), "min_p"),
         (request(prompt=[2] * 64), "does not fit"),
     ],
 )

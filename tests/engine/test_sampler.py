@@ -43,6 +43,7 @@ def read(logits: torch.Tensor, temperature: float) -> Reading:
         request_temperature=torch.ones(rows),
         top_k=torch.zeros(rows, dtype=torch.int32),
         top_p=torch.ones(rows),
+        min_p=torch.zeros(rows),
         uniforms=torch.zeros(rows),
         shaped=False,
     )
