@@ -11,16 +11,18 @@ from engine.interface import (
     EngineError,
     EngineInfo,
     EngineOptions,
+    EngineStats,
     Event,
     Finished,
     FinishReason,
     GenerationRequest,
+    PoolStats,
     QueueFull,
     RequestTooLong,
     Sampling,
     Usage,
 )
-from engine.memory_plan import CARDS, MemoryPlan, plan_memory, plans, usable
+from engine.memory_plan import CARDS, MemoryPlan, Pools, plan_memory, plans, usable
 from engine.quantization_config import load_quantization
 
 
@@ -71,11 +73,14 @@ __all__ = [
     "EngineError",
     "EngineInfo",
     "EngineOptions",
+    "EngineStats",
     "Event",
     "FinishReason",
     "Finished",
     "GenerationRequest",
     "MemoryPlan",
+    "PoolStats",
+    "Pools",
     "QueueFull",
     "RequestTooLong",
     "Sampling",

@@ -16,7 +16,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -28,6 +27,7 @@ from engine.interface import (
     EngineError,
     EngineInfo,
     EngineOptions,
+    EngineStats,
     Event,
     GenerationRequest,
 )
@@ -36,29 +36,18 @@ from engine.model.gemma4 import DiffusionGemma
 from engine.options import (
     OP_SETS,
     check_options,
-    choose_context,
     choose_device,
     choose_dtype,
     choose_kernels,
+    choose_pools,
+    chunk_beside,
     require_fit,
 )
+from engine.pages import PAGE
 from engine.scheduler import CommitChunk, Scheduler, Slot
+from engine.seating import Seating
 
 logger = logging.getLogger(__name__)
-
-SLOTS = 1  # requests served at a time
-
-
-@dataclass
-class Seat:
-    """The tensors of one slot: its committed prefix and the canvas being denoised, if one is open."""
-
-    cache: KVCache
-    canvas: Canvas | None = None
-
-    def clear(self) -> None:
-        self.cache.reset()
-        self.canvas = None
 
 
 class DiffusionEngine:
@@ -73,12 +62,13 @@ class DiffusionEngine:
         *,
         max_waiting: int,
         commit_chunk: int,
+        chunk_beside: int | None = None,
     ) -> None:
-        """One slot for each cache, which must hold `info.context_length` positions."""
+        """One slot for each cache; together they must have pages for `info.context_length` positions and a canvas.
+        `commit_chunk`, `chunk_beside`: prompt tokens a pass commits, the latter where other slots denoise in it."""
         self._info = info
         self._device = torch.device(info.device)
         self._model = model
-        self._seats = tuple(Seat(cache) for cache in caches)
         self._denoiser = Denoiser(
             model,
             schedule,
@@ -91,9 +81,11 @@ class DiffusionEngine:
             slots=len(caches),
             max_waiting=max_waiting,
             commit_chunk=commit_chunk,
+            chunk_beside=chunk_beside,
             context_length=info.context_length,
             eos_ids=info.eos_ids,
         )
+        self._seating = Seating(self._scheduler, caches, commit_chunk=commit_chunk, canvas_length=info.canvas_length)
         self._closed = False
 
     @classmethod
@@ -107,17 +99,19 @@ class DiffusionEngine:
         kernels = choose_kernels(options.kernels)
         plan = plan_checkpoint(options.model, choose(options.quantize, options.quantize_dense))
         config, schedule = plan.config, plan.generation
-        require_fit(plan, options, device, dtype)
+        memory = require_fit(plan, options, device, dtype)
         checkpoint = read_checkpoint(plan, device, dtype, options.progress)
-        context = choose_context(options.context_length, config, device, dtype)
+        pools = choose_pools(memory, options, device)
         try:
-            pool = KVPool(config, SLOTS, context, device, dtype, chunk=options.commit_chunk)
+            pool = KVPool(
+                config, pools.slots, pools.context, device, dtype, chunk=options.commit_chunk, pages=pools.pages
+            )
         except RuntimeError as error:  # torch's class for a failed allocation differs between devices
-            raise EngineError(f"no memory for a context of {context} positions on {device}: {error}") from error
+            raise EngineError(f"no memory for {pools.bytes} bytes of keys and values on {device}: {error}") from error
         info = EngineInfo(
             model_path=options.model,
             canvas_length=config.canvas_length,
-            context_length=context,
+            context_length=pools.context,
             vocab_size=config.vocab_size,
             eos_ids=schedule.eos_ids,
             device=str(device),
@@ -128,17 +122,24 @@ class DiffusionEngine:
             weight_bytes=checkpoint.weight_bytes,
             kv_bytes=pool.bytes,
             load_seconds=time.monotonic() - started,
+            slots=pools.slots,
+            page_length=PAGE,
+            pages=pools.pages,
         )
         logger.info(
-            "%s: %.1f M parameters, format %s, run in %s on %s with %s kernels; context %d, KV %.1f MiB; %.1f s",
+            "%s: %.1f M parameters, format %s, run in %s on %s with %s kernels; %d slots, context %d, "
+            "KV %.1f MiB in %d full and %d sliding pages; %.1f s",
             info.model_path,
             info.parameters / 1e6,
             info.format,
             info.dtype,
             info.device,
             info.kernels,
+            info.slots,
             info.context_length,
             info.kv_bytes / 2**20,
+            pools.full,
+            pools.sliding,
             info.load_seconds,
         )
         return cls(
@@ -148,6 +149,7 @@ class DiffusionEngine:
             info,
             max_waiting=options.max_waiting,
             commit_chunk=options.commit_chunk,
+            chunk_beside=chunk_beside(device, config.canvas_length, options.commit_chunk),
         )
 
     @property
@@ -156,7 +158,7 @@ class DiffusionEngine:
 
     @property
     def has_work(self) -> bool:
-        """True while a submitted request has not finished."""
+        """True while a submitted request has not finished, or the end of a reply is still to be committed."""
         return not self._closed and self._scheduler.has_work
 
     def submit(self, request: GenerationRequest) -> None:
@@ -171,47 +173,55 @@ class DiffusionEngine:
             return
         slot = self._scheduler.cancel(request_id)
         if slot is not None:
-            self._seats[slot].clear()
+            self._seating.vacate(self._scheduler.slots[slot])
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Advance by one unit of work and return what happened."""
         self._require_open()
-        self._scheduler.admit()  # waiting requests take free slots
-        chunk = self._scheduler.next_commit()  # part of a prompt, or a finished canvas
+        self._seating.admit()  # waiting requests take free slots, and go on from what is committed of their prompts
+        self._seating.make_room()
+        chunks = self._scheduler.next_commits()  # parts of prompts, finished canvases; when idle, the end of a reply
         ready = self._scheduler.ready()  # slots whose prefix is committed, by this very pass at the latest
-        if chunk or ready:
-            self._pass(chunk, ready)
+        if chunks or ready:
+            self._pass(chunks, ready)
         return self._scheduler.collect()  # first done, first out
+
+    def stats(self) -> EngineStats:
+        """A snapshot, taken between two steps."""
+        self._require_open()
+        return self._seating.stats()
 
     def close(self) -> None:
         """Free the model's memory. Requests still running are dropped without an event. May be called again."""
         if self._closed:
             return
         self._closed = True
-        self._seats = ()
-        del self._model, self._denoiser
+        del self._model, self._denoiser, self._seating
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _pass(self, chunk: CommitChunk | None, ready: Sequence[Slot]) -> None:
-        """One pass: commit a chunk and denoise the canvases of all `ready` slots, opening those that have none."""
-        commits = []
+    def _pass(self, chunks: Sequence[CommitChunk], ready: Sequence[Slot]) -> None:
+        """One pass: commit chunks and denoise the canvases of all `ready` slots, opening those that have none."""
+        seats = self._seating.seats
         try:
-            if chunk is not None:
-                commits.append((chunk.token_ids, self._seats[chunk.slot].cache))
             canvases = [self._open_canvas(slot) for slot in ready]
-            self._denoiser.step(canvases, [self._seats[slot.index].cache for slot in ready], commits)
+            self._denoiser.step(
+                canvases,
+                [seats[slot.index].cache for slot in ready],
+                [(chunk.token_ids, seats[chunk.slot].cache) for chunk in chunks],
+            )
         except Exception as error:
-            self._contain(error, chunk, ready)
+            self._contain(error, chunks, ready)
             return
+        self._seating.committed(chunks)
         for slot, canvas in zip(ready, canvases, strict=True):
             self._scheduler.passed(slot, redrawn=canvas.just_redrawn)
             self._settle(slot, canvas)
 
     def _open_canvas(self, slot: Slot) -> Canvas:
         """The slot's canvas; a new one if its last is done."""
-        seat, reply = self._seats[slot.index], slot.reply
+        seat, reply = self._seating.seats[slot.index], slot.reply
         assert reply is not None, f"slot {slot.index} is ready but empty"
         if seat.canvas is None:
             seat.canvas = self._denoiser.open(slot.index, reply.request.sampling, index=reply.canvases)
@@ -236,16 +246,11 @@ class DiffusionEngine:
             self._scheduler.fail(
                 slot, "error", f"the model's logits were not finite at canvas {canvas.index}, step {canvas.steps}"
             )
-        self._vacate(slot)
+        self._seating.seats[slot.index].canvas = None
+        if slot.reply is None and not slot.rest:
+            self._seating.vacate(slot, suspect=canvas.state == "non-finite")
 
-    def _vacate(self, slot: Slot) -> None:
-        """Forget the slot's canvas, and its prefix too if its request is over."""
-        seat = self._seats[slot.index]
-        seat.canvas = None
-        if slot.reply is None:
-            seat.clear()
-
-    def _contain(self, error: Exception, chunk: CommitChunk | None, ready: Sequence[Slot]) -> None:
+    def _contain(self, error: Exception, chunks: Sequence[CommitChunk], ready: Sequence[Slot]) -> None:
         """End the request that `error` hit. A device that failed cannot serve the others: re-raise.
 
         A pass of several slots does not say whose fault it is, and it changed nothing: each slot goes again, alone.
@@ -254,17 +259,17 @@ class DiffusionEngine:
         if isinstance(error, torch.AcceleratorError):
             raise error
         involved = {slot.index: slot for slot in ready}
-        if chunk is not None:
-            involved.setdefault(chunk.slot, self._scheduler.slots[chunk.slot])
+        involved |= {chunk.slot: self._scheduler.slots[chunk.slot] for chunk in chunks}
         if len(involved) > 1:
             for index, slot in involved.items():
-                own = chunk if chunk is not None and chunk.slot == index else None
-                self._pass(own, [slot] if slot in ready else [])
+                self._pass([chunk for chunk in chunks if chunk.slot == index], [slot] if slot in ready else [])
             return
         logger.error("a request failed inside the engine", exc_info=error)
         for slot in involved.values():
-            self._scheduler.fail(slot, "error", f"{type(error).__name__}: {error}")
-            self._vacate(slot)
+            slot.rest = ()
+            if slot.reply is not None:
+                self._scheduler.fail(slot, "error", f"{type(error).__name__}: {error}")
+            self._seating.vacate(slot, suspect=True)
 
     def _require_open(self) -> None:
         if self._closed:

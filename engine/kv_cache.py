@@ -42,7 +42,7 @@ class KVCache:
     def __init__(self, prefixes: PrefixCache, memory: PageMemory, capacity: int) -> None:
         self.capacity = capacity
         self.pages = {kind: SlotPages(pool) for kind, pool in prefixes.pools.items()}
-        self._prefixes = prefixes
+        self.prefixes = prefixes
         self._memory = memory
         self._length = 0
         self._ids: list[int] = []  # the committed ones
@@ -53,6 +53,11 @@ class KVCache:
     def length(self) -> int:
         """Positions committed so far."""
         return self._length
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """The committed ids that were recorded."""
+        return self._ids
 
     def missing(self, count: int) -> int:
         """Pages of the full layers that `reserve` would take."""
@@ -81,7 +86,7 @@ class KVCache:
     def mark(self) -> None:
         """Others will go on from here: keep what that needs before other things."""
         self._point = self._length
-        self._prefixes.want(self._path, self._length)
+        self.prefixes.want(self._path, self._length)
 
     def resume(self, ids: Sequence[int]) -> int:
         """Go on from the longest prefix of `ids` that any slot has committed; returns the new `length`.
@@ -91,7 +96,7 @@ class KVCache:
         """
         if self._length % PAGE:
             return self._length
-        found = self._prefixes.find(ids, self._path, whole=self._length > 0)
+        found = self.prefixes.find(ids, self._path, whole=self._length > 0)
         if found.length > self._length:
             self._take_over(found)
             self._ids = list(ids[: found.length])
@@ -105,8 +110,8 @@ class KVCache:
             if end:
                 full, sliding = self.pages["full"].at(number), self.pages["sliding"].at(number)
                 assert full is not None, "the last page is held"
-                self._prefixes.insert_end(self._path[-1] if self._path else None, end, full, sliding)
-            self._prefixes.want(self._path, self._length)
+                self.prefixes.insert_end(self._path[-1] if self._path else None, end, full, sliding)
+            self.prefixes.want(self._path, self._length)
         self._clear()
 
     def forget(self) -> None:
@@ -115,7 +120,7 @@ class KVCache:
         while self._path and self.pages["full"].pool.holders(self._path[-1].full) == 1:
             node = self._path.pop()
             sliding = node.sliding
-            if not self._prefixes.forget(node):
+            if not self.prefixes.forget(node):
                 break
             suspect["sliding"] += [] if sliding is None else [sliding]
         for kind, pages in self.pages.items():
@@ -131,19 +136,19 @@ class KVCache:
         self._ids, self._path = [], []
 
     def _slide(self) -> None:
-        self.pages["sliding"].release_before(self._prefixes.window(self._length).start * PAGE)
+        self.pages["sliding"].release_before(self.prefixes.window(self._length).start * PAGE)
 
     def _index_page(self) -> None:
         """The next whole page goes into the index; if it is there already, that one is used from now on."""
         number = len(self._path)
         full, sliding = self.pages["full"].at(number), self.pages["sliding"].at(number)
         assert full is not None, "a committed page is held"
-        node = self._prefixes.insert(
+        node = self.prefixes.insert(
             self._path[-1] if self._path else None,
             tuple(self._ids[number * PAGE : (number + 1) * PAGE]),
             full,
             sliding,
-            wanted=number in self._prefixes.window(self._point),
+            wanted=number in self.prefixes.window(self._point),
         )
         self._path.append(node)
         if node.full != full:
@@ -154,7 +159,7 @@ class KVCache:
     def _take_over(self, found: Found) -> None:
         """Hold the pages of what was found, and a copy of the one in which it ends."""
         whole, tail = len(found.nodes), found.tail
-        first = self._prefixes.window(found.length).start
+        first = self.prefixes.window(found.length).start
         sliding = [node.sliding for node in found.nodes[first:]]
         self.pages["full"].hold(0, [node.full for node in found.nodes])
         self.pages["sliding"].hold(first, [page for page in sliding if page is not None])

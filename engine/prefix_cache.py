@@ -101,7 +101,9 @@ class PrefixCache:
                 if page is not None:
                     self.pools["sliding"].keep(page, precious=True)
 
-    def insert(self, parent: Node | None, ids: tuple[int, ...], full: int, sliding: int | None, *, wanted: bool) -> Node:
+    def insert(
+        self, parent: Node | None, ids: tuple[int, ...], full: int, sliding: int | None, *, wanted: bool
+    ) -> Node:
         """Index a page of committed ids, or give what is known of them already. `full`, `sliding`: pages the caller
         holds; the node's own may be others, of the same contents."""
         parent = parent or self._root

@@ -26,38 +26,52 @@ from engine.interface import (
     Usage,
 )
 from engine.kernels.reference_output import Draw, Reading, read_logits
+from engine.kv_cache import KVCache
+from engine.pages import PagePool, pages_of_a_slot
+from engine.prefix_cache import PrefixCache
 
 C, V = 4, 40
 EOS = 1
 CPU = torch.device("cpu")
 
 
-class ListCache:
-    """A KV cache that keeps the ids themselves."""
+class NoMemory:
+    """Pages without contents: what is in them is known from the ids."""
 
-    def __init__(self) -> None:
-        self.ids: list[int] = []
+    def copy_page(self, kind: str, source: int, target: int) -> None: ...
 
-    def reset(self) -> None:
-        self.ids.clear()
+    def wipe_page(self, kind: str, page: int) -> None: ...
+
+
+def bare_caches(slots: int, context: int, chunk: int, pages: int | None = None, window: int = 100) -> list[KVCache]:
+    """Slots without tensors; `pages` for the full layers, as many as they can use if left out."""
+    counts = pages_of_a_slot(capacity=context, window=window, ahead=max(chunk, C) + C)
+    full = slots * counts["full"] if pages is None else pages
+    pools = {"sliding": PagePool(slots * counts["sliding"]), "full": PagePool(full)}
+    prefixes = PrefixCache(pools, window)
+    return [KVCache(prefixes, NoMemory(), context) for _ in range(slots)]
 
 
 class ScriptedPlan:
     """As much of a PassPlan as the loop looks at, and what its model needs."""
 
     def __init__(
-        self, commits: Sequence[tuple[Sequence[int], ListCache]], canvases: Sequence[tuple[int, ListCache]]
+        self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[tuple[int, KVCache]]
     ) -> None:
         self.commits, self.canvases = commits, canvases
+        for ids, cache in commits:
+            cache.reserve(len(ids))
+        for _, cache in canvases:
+            cache.reserve(len(self.coming(cache)) + C)
         self.slots = torch.tensor([slot for slot, _ in canvases], dtype=torch.int64)
         self.layout = (len(commits), len(canvases))
 
-    def coming(self, cache: ListCache) -> list[int]:
+    def coming(self, cache: KVCache) -> list[int]:
         return [token_id for ids, owner in self.commits if owner is cache for token_id in ids]
 
     def advance(self) -> None:
         for ids, cache in self.commits:
-            cache.ids.extend(ids)
+            cache.advance(len(ids))
 
 
 class ScriptedModel:
@@ -71,7 +85,7 @@ class ScriptedModel:
         self.error: Exception = RuntimeError("kaput")
 
     def plan(
-        self, commits: Sequence[tuple[Sequence[int], ListCache]], canvases: Sequence[tuple[int, ListCache]]
+        self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[tuple[int, KVCache]]
     ) -> ScriptedPlan:
         for ids, _ in commits:
             if self.fail_commit_of in ids:
@@ -84,7 +98,7 @@ class ScriptedModel:
         if canvas is not None:
             self.passes += 1
             assert canvas.shape == (len(plan.slots), C)
-            prefixes = [cache.ids + plan.coming(cache) for _, cache in plan.canvases]
+            prefixes = [list(cache.ids) + plan.coming(cache) for _, cache in plan.canvases]
             logits = torch.stack([self.choose(prefix, ids) for prefix, ids in zip(prefixes, canvas, strict=True)])
         self.commits += [list(ids) for ids, _ in plan.commits]
         return logits
@@ -120,7 +134,13 @@ def countdown(until_eos: int) -> Callable[[list[int], Tensor], Tensor]:
 
 
 def make(
-    model: ScriptedModel, *, context: int = 64, max_waiting: int = 8, commit_chunk: int = 4, slots: int = 1
+    model: ScriptedModel,
+    *,
+    context: int = 64,
+    max_waiting: int = 8,
+    commit_chunk: int = 4,
+    slots: int = 1,
+    pages: int | None = None,
 ) -> DiffusionEngine:
     info = EngineInfo(
         model_path="scripted",
@@ -147,10 +167,9 @@ def make(
         eos_ids=info.eos_ids,
         pad_id=0,
     )
-    caches = [ListCache() for _ in range(slots)]
     return DiffusionEngine(
         model,  # type: ignore[arg-type]
-        caches,  # type: ignore[arg-type]
+        bare_caches(slots, context, commit_chunk, pages),
         schedule,
         info,
         max_waiting=max_waiting,
@@ -197,7 +216,7 @@ def test_a_reply_of_three_canvases() -> None:
     assert ids == list(range(20, 30))
     usage = Usage(prompt_tokens=3, completion_tokens=11, canvases=3, denoise_steps=6)
     assert finished == Finished(request_id="a", reason="stop", usage=usage, stop_id=EOS)
-    assert model.commits == [[5, 6, 7], [20, 21, 22, 23], [24, 25, 26, 27]], "the last canvas is not committed"
+    assert model.commits == [[5, 6, 7], [20, 21, 22, 23], [24, 25, 26, 27], [28, 29, EOS]]
 
 
 def test_max_tokens_and_context_cut() -> None:
@@ -217,7 +236,7 @@ def test_a_step_is_at_most_one_chunk_and_one_pass() -> None:
     while engine.has_work:
         engine.step()
         work.append((len(model.commits), model.passes))
-    assert work == [(1, 0), (2, 0), (3, 1), (3, 2)]
+    assert work == [(1, 0), (2, 0), (3, 1), (3, 2), (4, 2)], "at the end the reply itself"
 
 
 def creative(engine: DiffusionEngine, name: str = "a") -> list[int]:
@@ -275,7 +294,8 @@ def test_cancel_frees_the_slot_within_a_step() -> None:
     assert model.passes == passes + 1, "c already runs"
     _, finished = reply(run(engine), "c")
     assert finished.reason == "length"
-    assert model.commits[-1] == [5, 6, 7]
+    assert finished.usage.cached_tokens == 3, "the prompt, from a"
+    assert model.commits == [[5, 6, 7], [20, 21, 22]]
 
 
 def test_cancel_in_the_middle_of_a_prompt_leaves_no_ids_behind() -> None:
