@@ -13,13 +13,16 @@ positions, but are neither delivered nor committed, so no memory is needed for t
 from __future__ import annotations
 
 import logging
-import math
 import time
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from engine.checkpoint import plan_checkpoint, read_checkpoint
+from engine.assemble import assemble, choose_kernels
+from engine.check_request import check_request
+from engine.checkpoint import Checkpoint, plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
 from engine.denoise import Canvas, Denoiser, Model
 from engine.formats import choose
@@ -32,22 +35,30 @@ from engine.interface import (
     GenerationRequest,
 )
 from engine.kv_cache import KVCache, KVPool
-from engine.model.gemma4 import DiffusionGemma
 from engine.options import (
-    OP_SETS,
     check_options,
     choose_device,
     choose_dtype,
-    choose_kernels,
     choose_pools,
     chunk_beside,
     require_fit,
 )
 from engine.pages import PAGE
+from engine.random_weights import plan_random, random_checkpoint
 from engine.scheduler import CommitChunk, Scheduler, Slot
 from engine.seating import Seating
+from engine.shapes import FORMAT_FLAGS
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The model, the denoiser of its canvases, and each slot's cache."""
+
+    model: Model
+    denoiser: Denoiser
+    caches: tuple[KVCache, ...]
 
 
 class DiffusionEngine:
@@ -76,6 +87,7 @@ class DiffusionEngine:
             canvas_length=info.canvas_length,
             vocab_size=info.vocab_size,
             device=self._device,
+            graphs=info.kernels == "triton",
         )
         self._scheduler = Scheduler(
             slots=len(caches),
@@ -93,15 +105,41 @@ class DiffusionEngine:
         """Load a checkpoint. Raises EngineError for an option that cannot be met or a model that does not fit, before
         anything is read, and CheckpointError for the rest."""
         started = time.monotonic()
-        check_options(options)
-        device = choose_device(options.device)
-        dtype = choose_dtype(options.dtype, device)
-        kernels = choose_kernels(options.kernels)
+        device, dtype, kernels = settle(options)
         plan = plan_checkpoint(options.model, choose(options.quantize, options.quantize_dense))
-        config, schedule = plan.config, plan.generation
-        memory = require_fit(plan, options, device, dtype)
+        require_fit(plan, options, device, dtype)
         checkpoint = read_checkpoint(plan, device, dtype, options.progress)
-        pools = choose_pools(memory, options, device)
+        return cls.from_checkpoint(checkpoint, options, kernels=kernels, started=started)
+
+    @classmethod
+    def from_random(cls, shape: str, form: str, options: EngineOptions, *, seed: int = 0) -> DiffusionEngine:
+        """A model without a checkpoint: random weights of a shape and format by name, see `engine.shapes`.
+
+        `options.model` is a title only. Raises EngineError as `from_options` does."""
+        started = time.monotonic()
+        device, dtype, kernels = settle(options)
+        plan = plan_random(shape, form)
+        require_fit(plan, options, device, dtype, FORMAT_FLAGS)
+        checkpoint = random_checkpoint(plan, device, dtype, seed=seed)
+        return cls.from_checkpoint(checkpoint, options, kernels=kernels, started=started)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        options: EngineOptions,
+        *,
+        kernels: str,
+        started: float | None = None,
+        slots: int | None = None,
+    ) -> DiffusionEngine:
+        """An engine on weights that are on their device already; several may share them. `started`: when loading
+        began, by `time.monotonic`. `slots`: so many, each with room for the whole context, whatever `options` say of
+        memory. Raises EngineError if there is no memory for the context."""
+        started = time.monotonic() if started is None else started
+        config, schedule = checkpoint.config, checkpoint.generation
+        device, dtype = checkpoint.device, checkpoint.dtype
+        pools = choose_pools(config, checkpoint.weight_bytes, options, device, dtype, slots)
         try:
             pool = KVPool(
                 config, pools.slots, pools.context, device, dtype, chunk=options.commit_chunk, pages=pools.pages
@@ -143,7 +181,7 @@ class DiffusionEngine:
             info.load_seconds,
         )
         return cls(
-            DiffusionGemma(config, checkpoint.tensors, OP_SETS[kernels], pool),
+            assemble(config, checkpoint.tensors, pool, kernels),
             pool.slots,
             schedule,
             info,
@@ -155,6 +193,11 @@ class DiffusionEngine:
     @property
     def info(self) -> EngineInfo:
         return self._info
+
+    @property
+    def parts(self) -> Parts:
+        """What passes are made of, for those who measure them one by one instead of serving requests."""
+        return Parts(self._model, self._denoiser, tuple(seat.cache for seat in self._seating.seats))
 
     @property
     def has_work(self) -> bool:
@@ -224,7 +267,15 @@ class DiffusionEngine:
         seat, reply = self._seating.seats[slot.index], slot.reply
         assert reply is not None, f"slot {slot.index} is ready but empty"
         if seat.canvas is None:
-            seat.canvas = self._denoiser.open(slot.index, reply.request.sampling, index=reply.canvases)
+            request = reply.request
+            seat.canvas = self._denoiser.open(
+                slot.index,
+                request.sampling,
+                index=reply.canvases,
+                schedule=request.schedule,
+                logprobs=request.logprobs,
+                said=Counter(reply.said),
+            )
         return seat.canvas
 
     def _settle(self, slot: Slot, canvas: Canvas) -> None:
@@ -232,7 +283,8 @@ class DiffusionEngine:
         if canvas.state == "open":
             return
         if canvas.state == "done":
-            self._scheduler.deliver(slot, canvas.result, canvas.steps)
+            logprobs = () if canvas.logprobs is None else self._denoiser.logprobs(canvas)
+            self._scheduler.deliver(slot, canvas.result, canvas.steps, logprobs)
         elif canvas.state == "unconverged":
             logger.warning("canvas %d did not converge in %d steps; the reply ends", canvas.index, canvas.steps)
             self._scheduler.fail(
@@ -276,23 +328,9 @@ class DiffusionEngine:
             raise EngineError("the engine is closed")
 
 
-def check_request(request: GenerationRequest, vocab_size: int) -> None:
-    """Raise EngineError, naming the field, for a request that no engine could serve."""
-    sampling = request.sampling
-    problems = {
-        "prompt_ids is empty": not request.prompt_ids,
-        f"prompt_ids has an id outside 0..{vocab_size - 1}": any(
-            not 0 <= token_id < vocab_size for token_id in request.prompt_ids
-        ),
-        f"max_tokens must be at least 1, not {request.max_tokens}": request.max_tokens < 1,
-        f"seed must be in 0..2**64-1, not {sampling.seed}": not 0 <= sampling.seed < 2**64,
-        f"temperature must be 0 or more and finite, not {sampling.temperature}": not (
-            math.isfinite(sampling.temperature) and sampling.temperature >= 0
-        ),
-        f"top_k must be 0 or more, not {sampling.top_k}": sampling.top_k < 0,
-        f"top_p must be in 0..1, not {sampling.top_p}": not 0 <= sampling.top_p <= 1,
-        f"min_p must be in 0..1, not {sampling.min_p}": not 0 <= sampling.min_p <= 1,
-    }
-    for problem, found in problems.items():
-        if found:
-            raise EngineError(problem)
+def settle(options: EngineOptions) -> tuple[torch.device, torch.dtype, str]:
+    """Device, dtype and the op set's name. Raises EngineError for an option that cannot be met."""
+    check_options(options)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    return device, dtype, choose_kernels(options.kernels, device, dtype)

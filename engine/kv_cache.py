@@ -195,9 +195,8 @@ class KVPool:
             raise ValueError(f"slots, capacity and chunk must be at least 1, not {slots}, {capacity} and {chunk}")
         self.chunk = chunk
         ahead = chunk + config.canvas_length  # what one pass may write behind the committed positions
-        counts = pages_of_a_slot(capacity=capacity, window=config.sliding_window, ahead=ahead)
-        counts = pages or {kind: slots * count for kind, count in counts.items()}
-        self.pools = {kind: PagePool(counts[kind]) for kind in KINDS}
+        own = pages_of_a_slot(capacity=capacity, window=config.sliding_window, ahead=ahead)
+        self.pools = {kind: PagePool(pages[kind] if pages else slots * own[kind]) for kind in KINDS}
         self.prefixes = PrefixCache(self.pools, config.sliding_window)
         self.slots = tuple(KVCache(self.prefixes, self, capacity) for _ in range(slots))
         self._kinds = [layer.kind for layer in config.layers]

@@ -7,7 +7,7 @@ and no file. Invariant: what a plan promises is what loading takes: the same `La
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.config import ModelConfig
@@ -100,10 +100,17 @@ class MemoryPlan:
             if kv_bytes is not None:
                 room = kv_bytes if kv_bytes <= room else 0
             own = count * self.slot_pages * self.sliding_page
-            longest = self._longest(room - own)
-            if longest >= least and (count == (slots or 1) or 2 * own <= room):
-                return self._deal(count, longest if context is None else context, room, everything=kv_bytes is not None)
+            fitting = self._fitting(room - own)
+            if fitting >= least and (count == (slots or 1) or 2 * own <= room):
+                longest = fitting if fitting == self.max_context else fitting - fitting % 1024
+                return self._deal(count, context or longest, room, everything=kv_bytes is not None)
         return None
+
+    def pools_for(self, slots: int, context: int) -> Pools:
+        """As much as it takes for every slot to hold a whole context at the same time, and no more."""
+        full, sliding = slots * self._pages(context), slots * self.slot_pages
+        taken = full * self.full_page + sliding * self.sliding_page
+        return Pools(slots=slots, context=context, full=full, sliding=sliding, bytes=taken)
 
     def work(self, slots: int) -> int:
         """Bytes of activations and logits."""
@@ -124,24 +131,23 @@ class MemoryPlan:
     def _pages(self, context: int) -> int:
         return -(-(context + self.canvas_length) // PAGE)
 
-    def _longest(self, room: int) -> int:
+    def _fitting(self, room: int) -> int:
         """Positions of the longest context whose full layers' pages fit into `room` bytes."""
-        fitting = max(0, room) // max(1, self.full_page) * PAGE - self.canvas_length
-        if fitting >= self.max_context:
-            return self.max_context
-        return max(0, fitting - fitting % 1024)
+        pages = max(0, room) // max(1, self.full_page)
+        return min(self.max_context, pages * PAGE - self.canvas_length)
 
 
 def plan_memory(
     config: ModelConfig,
-    weights: Layout,
+    weights: Layout | int,
     *,
     name: str,
     itemsize: int = 2,
     gpu: bool = True,
     commit_chunk: int = 512,
 ) -> MemoryPlan:
-    """The plan of one model; `itemsize` of the dtype it computes in, `commit_chunk` as in EngineOptions."""
+    """The plan of one model; `weights`: their layout or bytes; `itemsize` of the dtype it computes in, `commit_chunk`
+    as in EngineOptions."""
     page = dict.fromkeys(("sliding", "full"), 0)
     for layer in config.layers:
         page[layer.kind] += PAGE * 2 * layer.kv_heads * layer.head_dim * itemsize
@@ -149,7 +155,7 @@ def plan_memory(
     logits = canvas * config.vocab_size
     return MemoryPlan(
         format=name,
-        weights=weights.weight_bytes(itemsize),
+        weights=weights if isinstance(weights, int) else weights.weight_bytes(itemsize),
         working=LOGITS_COPIES * logits * 4 + (GPU_BYTES if gpu else 0),
         working_more=2 * logits * itemsize,
         full_page=page["full"],
@@ -187,10 +193,12 @@ def refusal(
     free: int,
     where: str,
     slots: int | None = None,
+    flags: Mapping[str, str] = FLAGS,
 ) -> str | None:
     """None if `wanted` fits into `free` bytes; otherwise what is needed, what is free, and what would do.
 
-    `context` and `slots` as asked for, None = as much as fits; `others`: what the checkpoint could be quantised to.
+    `context` and `slots` as asked for, None = as much as fits; `others`: what the checkpoint could be quantised to,
+    and by format, the `flags` that ask for it.
     """
     least = min(MIN_CONTEXT, wanted.max_context) if context is None else context
     needed = wanted.needed(least, slots or 1)
@@ -207,9 +215,9 @@ def refusal(
     shorter = wanted.context(free, slots)
     if shorter:
         parts.append(f"a context of up to {shorter} would fit")
-    fitting = {FLAGS[plan.format]: length for plan in others if (length := plan.context(free, slots))}
+    fitting = {flags[plan.format]: length for plan in others if (length := plan.context(free, slots))}
     if fitting:
-        told = ", ".join(f"{flags} (context up to {length})" for flags, length in fitting.items())
+        told = ", ".join(f"{asked} (context up to {length})" for asked, length in fitting.items())
         parts.append(f"what fits there is {told}")
     elif not shorter:
         parts.append("no format of this checkpoint fits there")

@@ -6,17 +6,17 @@ Invariant: a choice that cannot be met is an EngineError that says what could be
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
 from engine.checkpoint import CheckpointPlan
+from engine.config import ModelConfig
 from engine.interface import EngineError, EngineOptions
-from engine.kernels.reference import REFERENCE
-from engine.memory_plan import GB, MIN_CONTEXT, MemoryPlan, Pools, plan_memory, plans, refusal
+from engine.memory_plan import FLAGS, GB, MIN_CONTEXT, Pools, plan_memory, plans, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OP_SETS = {"reference": REFERENCE}
 MOST_SLOTS = 8
 CUDA_RESERVE = 2 * 2**30  # bytes left for activations and logits when the context is sized to the memory
 
@@ -62,29 +62,39 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def choose_kernels(name: str) -> str:
-    """`auto` or the name of an op set."""
-    if name == "auto":
-        return "reference"
-    if name not in OP_SETS:
-        raise EngineError(f"unknown kernels {name!r}; choose auto or {' or '.join(OP_SETS)}")
-    return name
+def choose_pools(
+    config: ModelConfig,
+    weight_bytes: int,
+    options: EngineOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    slots: int | None = None,
+) -> Pools:
+    """Slots, context and pages for a model that is loaded. Raises EngineError for what the memory does not hold.
 
-
-def choose_pools(plan: MemoryPlan, options: EngineOptions, device: torch.device) -> Pools:
-    """Slots, context and pages for a model that is loaded. Raises EngineError for what the memory does not hold."""
+    `slots`: so many, each with room for a whole context, whatever `options` say."""
+    plan = plan_memory(
+        config,
+        weight_bytes,
+        name="",
+        itemsize=dtype.itemsize,
+        gpu=device.type == "cuda",
+        commit_chunk=options.commit_chunk,
+    )
+    if slots is not None:
+        return plan.pools_for(slots, options.context_length or plan.max_context)
     kv_bytes = None if options.kv_memory is None else int(options.kv_memory * GB)
     memory = plan.weights + plan.working + free_memory(device)
     pools = plan.pools(memory, slots=options.slots, context=options.context_length, kv_bytes=kv_bytes)
     if pools is not None:
         return pools
     least = min(MIN_CONTEXT, plan.max_context) if options.context_length is None else options.context_length
-    slots = options.slots or 1
-    needed = plan.needed(least, slots) - plan.weights - plan.work(slots)
-    held = memory - plan.weights - plan.work(slots)
+    served = options.slots or 1
+    needed = plan.needed(least, served) - plan.weights - plan.work(served)
+    held = memory - plan.weights - plan.work(served)
     asked = "" if kv_bytes is None else f", of which {kv_bytes / GB:.3g} GB were asked for"
     raise EngineError(
-        f"{slots} slot{'s' * (slots > 1)} and a context of {least} need {needed / GB:.3g} GB for keys and values; "
+        f"{served} slot{'s' * (served > 1)} and a context of {least} need {needed / GB:.3g} GB for keys and values; "
         f"{device} has {held / GB:.3g} GB for them{asked}"
     )
 
@@ -107,9 +117,17 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
-def require_fit(plan: CheckpointPlan, options: EngineOptions, device: torch.device, dtype: torch.dtype) -> MemoryPlan:
-    """What the model needs. Raises EngineError if weights, KV cache and work space exceed the memory that is free on
-    the device now, or for a context beyond the checkpoint's limit."""
+def require_fit(
+    plan: CheckpointPlan,
+    options: EngineOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    flags: Mapping[str, str] = FLAGS,
+) -> None:
+    """Raise EngineError if weights, KV cache and work space exceed the memory that is free on the device now, or for a
+    context beyond the checkpoint's limit.
+
+    `flags`: what to type for another format, for the message."""
     asked = options.context_length
     if asked is not None and not 2 <= asked <= plan.config.max_positions:
         raise EngineError(f"context {asked} is outside 2..{plan.config.max_positions}, the checkpoint's limit")
@@ -123,12 +141,10 @@ def require_fit(plan: CheckpointPlan, options: EngineOptions, device: torch.devi
         commit_chunk=options.commit_chunk,
     )
     others = () if plan.quantized else plans(plan.config, itemsize=dtype.itemsize, gpu=gpu)
-    problem = refusal(
-        wanted, others, context=asked, free=available_memory(device), where=str(device), slots=options.slots
-    )
+    free = available_memory(device)
+    problem = refusal(wanted, others, context=asked, free=free, where=str(device), slots=options.slots, flags=flags)
     if problem is not None:
         raise EngineError(f"{options.model}: {problem}")
-    return wanted
 
 
 def available_memory(device: torch.device) -> int:

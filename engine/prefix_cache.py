@@ -76,8 +76,8 @@ class PrefixCache:
         length = self._reach(chain, longest)
         if length < longest:
             self.want(chain, longest)
-        whole = length // PAGE
-        return Found(tuple(nodes[:whole]), chain[whole] if length % PAGE else None, length)
+        count = length // PAGE
+        return Found(tuple(nodes[:count]), chain[count] if length % PAGE else None, length)
 
     def _reach(self, chain: Sequence[Node], longest: int) -> int:
         """The last point up to `longest` whose window's sliding pages are all there."""

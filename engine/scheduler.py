@@ -11,6 +11,7 @@ all ids before its canvas are committed; reply tokens never exceed max_tokens or
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.interface import (
@@ -22,6 +23,7 @@ from engine.interface import (
     GenerationRequest,
     QueueFull,
     RequestTooLong,
+    TokenLogprobs,
     Usage,
 )
 from engine.pages import PAGE
@@ -48,6 +50,11 @@ class Reply:
     def pending(self) -> int:
         """Ids to commit before the next denoise pass."""
         return len(self.ids) - self.committed
+
+    @property
+    def said(self) -> Sequence[int]:
+        """Ids of the canvases so far."""
+        return self.ids[len(self.request.prompt_ids) :]
 
     def usage(self) -> Usage:
         return Usage(
@@ -237,7 +244,7 @@ class Scheduler:
             if reply.between_canvases and reply.pending:
                 chunks.append(self._chunk(slot, reply, min(self._commit_chunk, reply.pending)))
         budget = self._chunk_beside if chunks or self.ready() else self._commit_chunk
-        prompts = []
+        prompts: list[CommitChunk] = []
         for slot in self._in_turns():
             size = _size(self._reply(slot), budget, alone=not prompts)
             if not size:
@@ -282,12 +289,20 @@ class Scheduler:
         reply.denoise_steps += 1
         reply.redrawn_canvases += redrawn
 
-    def deliver(self, slot: Slot, token_ids: tuple[int, ...], steps: int) -> None:
+    def deliver(
+        self, slot: Slot, token_ids: tuple[int, ...], steps: int, logprobs: tuple[TokenLogprobs, ...] = ()
+    ) -> None:
         """A canvas converged: deliver what belongs to the reply, then end it or queue the canvas for commit."""
         reply = self._reply(slot)
         delivered, stop_id = cut(token_ids, self._eos_ids, reply.room)
         self._events.append(
-            CanvasDone(request_id=reply.request.id, index=reply.canvases, token_ids=delivered, steps=steps)
+            CanvasDone(
+                request_id=reply.request.id,
+                index=reply.canvases,
+                token_ids=delivered,
+                steps=steps,
+                logprobs=logprobs[: len(delivered)],
+            )
         )
         used = len(delivered) + (stop_id is not None)
         reply.canvases += 1

@@ -18,12 +18,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from engine import (
     CanvasDone,
     EngineInfo,
+    EngineStats,
     Event,
     Finished,
     FinishReason,
     GenerationRequest,
     QueueFull,
     RequestTooLong,
+    TokenLogprobs,
     Usage,
 )
 
@@ -156,6 +158,14 @@ class _Running:
     steps: int = 0
 
 
+def _logprobs(ids: Sequence[int], top: int | None) -> tuple[TokenLogprobs, ...]:
+    """Half of the probability for what is said, and ever smaller shares for the ids from 105 on."""
+    if top is None:
+        return ()
+    others = [(105 + place, -2.0 - place) for place in range(top)]
+    return tuple(TokenLogprobs(-0.75, tuple([(token_id, -0.75), *others][:top])) for token_id in ids)
+
+
 @dataclass
 class FakeEngine:
     """Plays scripts, one request at a time, one `step` per denoise pass, each call on one and the same thread."""
@@ -225,6 +235,20 @@ class FakeEngine:
             events += self._advance(self._queue[0])
         return events
 
+    def stats(self) -> EngineStats:
+        self._check_thread()
+        ids = tuple(running.request.id for running in self._queue)
+        return EngineStats(
+            slots=1,
+            running=ids[:1],
+            waiting=ids[1:],
+            pools={},
+            prompt_tokens=sum(len(request.prompt_ids) for request in self.requests),
+            cached_tokens=0,
+            committed_tokens=0,
+            preemptions=0,
+        )
+
     def close(self) -> None:
         self.closed = True
         self._thread = None  # another bridge may take it over
@@ -242,7 +266,13 @@ class FakeEngine:
         ids = tuple(said.canvases[running.canvas])[:left]
         running.tokens += len(ids)
         events: list[Event] = [
-            CanvasDone(request_id=running.request.id, index=running.canvas, token_ids=ids, steps=running.step)
+            CanvasDone(
+                request_id=running.request.id,
+                index=running.canvas,
+                token_ids=ids,
+                steps=running.step,
+                logprobs=_logprobs(ids, running.request.logprobs),
+            )
         ]
         running.canvas += 1
         running.step = 0

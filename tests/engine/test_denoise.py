@@ -51,6 +51,8 @@ class ScriptedModel:
 
     Its embedding is the identity, so what it is conditioned on are the probabilities themselves."""
 
+    softcap = SOFTCAP
+
     def __init__(self, script: Callable[[int, Tensor, Tensor], Tensor]) -> None:
         self.script = script
         self.canvases: list[Tensor] = []
@@ -124,7 +126,7 @@ def test_a_pass_goes_in_the_models_order() -> None:
             shaped=False,
         )
         reading = read_logits(logits, SOFTCAP, draw)
-        accepted = sampler.accept(reading.entropy[None], 0.1)[0]
+        accepted = sampler.accept(reading.entropy[None], torch.tensor([0.1]))[0]
         assert 0 < accepted.sum() < C, "the script must exercise both branches"
         assert torch.equal(model.canvases[step][0], torch.where(accepted, reading.drawn, noise.ids[step]))
         assert torch.equal(model.probabilities[step][0], reading.probabilities)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from engine import options as choices
-from engine.config import GenerationDefaults, LayerConfig, ModelConfig
+from engine.assemble import buckets, choose_kernels
+from engine.config import GenerationDefaults
 from engine.engine import DiffusionEngine
 from engine.interface import (
     CanvasDone,
@@ -430,12 +432,14 @@ def test_auto_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choices.choose_device("auto") == CPU
     assert choices.choose_dtype("auto", CPU) == torch.float32
     assert choices.choose_dtype("bfloat16", CPU) == torch.bfloat16
-    assert choices.choose_kernels("auto") == "reference"
+    assert choose_kernels("auto", CPU, torch.float32) == "reference"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choices.choose_device("auto") == torch.device("cuda", 0)
     assert choices.choose_device("cuda:1") == torch.device("cuda", 1)
     assert choices.choose_dtype("auto", torch.device("cuda", 0)) == torch.bfloat16
+    assert choose_kernels("auto", torch.device("cuda", 0), torch.bfloat16) == "triton"
+    assert choose_kernels("auto", torch.device("cuda", 0), torch.float32) == "reference"
     with pytest.raises(EngineError, match="only 2"):
         choices.choose_device("cuda:2")
 
@@ -455,54 +459,31 @@ def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_names_list_the_choices() -> None:
     with pytest.raises(EngineError, match=r"float16.*float32 or bfloat16"):
         choices.choose_dtype("float16", CPU)
-    with pytest.raises(EngineError, match=r"triton.*reference"):
-        choices.choose_kernels("triton")
+    with pytest.raises(EngineError, match=r"cuda.*reference or triton"):
+        choose_kernels("cuda", CPU, torch.float32)
+    with pytest.raises(EngineError, match="need an NVIDIA GPU"):
+        choose_kernels("triton", CPU, torch.float32)
 
 
-FULL = LayerConfig(kind="full", head_dim=16, kv_heads=2, rope_theta=1e6, rope_partial=0.25)
-SLIDING = LayerConfig(kind="sliding", head_dim=8, kv_heads=4, rope_theta=1e4, rope_partial=1.0)
-SIZES = ModelConfig(
-    vocab_size=V,
-    hidden_size=8,
-    canvas_length=C,
-    max_positions=65_536,
-    sliding_window=64,
-    num_heads=4,
-    rms_norm_eps=1e-6,
-    final_softcap=30.0,
-    intermediate_size=8,
-    moe_intermediate_size=8,
-    num_experts=2,
-    top_k_experts=1,
-    layers=(SLIDING, FULL, SLIDING, FULL),
-)
-POSITION_BYTES = 2 * (2 * 2 * 16) * 4  # two full layers, keys and values, float32
+def test_buckets_double_and_hold_the_most() -> None:
+    assert buckets(1) == (64,)
+    assert buckets(512 + 64) == (64, 128, 256, 512, 1024)
 
 
-@pytest.mark.parametrize(("free", "context"), [(2**40, 65_536), (65_536, 65_536), (65_535, 32_768), (1024, 1024)])
-def test_context_is_sized_to_memory(free: int, context: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "free_memory", lambda device: free * POSITION_BYTES)
-    assert choices.choose_context(None, SIZES, CPU, torch.float32) == context
-    assert choices.choose_context(777, SIZES, CPU, torch.float32) == 777
-
-
-def test_no_room_for_any_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "free_memory", lambda device: 1000 * POSITION_BYTES)
-    with pytest.raises(EngineError, match="not enough for 1024 positions"):
-        choices.choose_context(None, SIZES, CPU, torch.float32)
-
-
-@pytest.mark.parametrize("asked", [1, 0, -5, 65_537])
+@pytest.mark.parametrize("asked", [1, 0, -5, 4097])
 def test_context_out_of_range(asked: int) -> None:
-    with pytest.raises(EngineError, match=r"context .* outside 2\.\.65536"):
-        choices.choose_context(asked, SIZES, CPU, torch.float32)
+    demo = Path(choices.__file__).parent / "demo" / "checkpoint"
+    with pytest.raises(EngineError, match=r"context .* outside 2\.\.4096"):
+        DiffusionEngine.from_options(EngineOptions(model=str(demo), device="cpu", context_length=asked))
 
 
 def test_free_memory_of_this_host() -> None:
     assert 2**26 < choices.free_memory(CPU) < 2**50
 
 
-@pytest.mark.parametrize("field", [{"max_waiting": -1}, {"commit_chunk": 0}])
+@pytest.mark.parametrize(
+    "field", [{"max_waiting": -1}, {"commit_chunk": 0}, {"slots": 0}, {"slots": 9}, {"kv_memory": 0}]
+)
 def test_bounds_are_checked_before_loading(field: dict[str, int]) -> None:
     with pytest.raises(EngineError, match=next(iter(field))):
         DiffusionEngine.from_options(EngineOptions(model="no such folder", **field))  # type: ignore[arg-type]
