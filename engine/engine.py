@@ -20,19 +20,23 @@ from dataclasses import dataclass
 
 import torch
 
+from engine import held_canvas
 from engine.assemble import assemble, choose_kernels
+from engine.canvas import Canvas
 from engine.check_request import check_request
 from engine.checkpoint import Checkpoint, plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
-from engine.denoise import Canvas, Denoiser, Model
+from engine.denoise import Denoiser, Model
 from engine.formats import choose
 from engine.interface import (
+    CanvasRequest,
     EngineError,
     EngineInfo,
     EngineOptions,
     EngineStats,
     Event,
     GenerationRequest,
+    Request,
 )
 from engine.kv_cache import KVCache, KVPool
 from engine.options import (
@@ -204,10 +208,10 @@ class DiffusionEngine:
         """True while a submitted request has not finished, or the end of a reply is still to be committed."""
         return not self._closed and self._scheduler.has_work
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, request: Request) -> None:
         """Queue a request. Raises RequestTooLong, QueueFull, or EngineError for a request that makes no sense."""
         self._require_open()
-        check_request(request, self._info.vocab_size)
+        check_request(request, self._info.vocab_size, self._info.canvas_length)
         self._scheduler.submit(request)
 
     def cancel(self, request_id: str) -> None:
@@ -266,8 +270,11 @@ class DiffusionEngine:
         """The slot's canvas; a new one if its last is done."""
         seat, reply = self._seating.seats[slot.index], slot.reply
         assert reply is not None, f"slot {slot.index} is ready but empty"
-        if seat.canvas is None:
-            request = reply.request
+        request = reply.request
+        if seat.canvas is None and isinstance(request, CanvasRequest):
+            seat.canvas = held_canvas.open_held(self._denoiser, slot.index, request)
+        elif seat.canvas is None:
+            assert isinstance(request, GenerationRequest)
             seat.canvas = self._denoiser.open(
                 slot.index,
                 request.sampling,
@@ -280,9 +287,12 @@ class DiffusionEngine:
 
     def _settle(self, slot: Slot, canvas: Canvas) -> None:
         """Deliver a canvas that is done; end the reply of one that cannot be; leave an open one alone."""
-        if canvas.state == "open":
+        request = self._requested(slot)
+        if canvas.state == "open" and not held_canvas.ends(request, canvas):
             return
-        if canvas.state == "done":
+        if isinstance(request, CanvasRequest) and canvas.state in ("open", "done"):
+            self._scheduler.conclude(slot, held_canvas.read_held(self._denoiser, canvas, request))
+        elif canvas.state == "done":
             logprobs = () if canvas.logprobs is None else self._denoiser.logprobs(canvas)
             self._scheduler.deliver(slot, canvas.result, canvas.steps, logprobs)
         elif canvas.state == "unconverged":
@@ -301,6 +311,11 @@ class DiffusionEngine:
         self._seating.seats[slot.index].canvas = None
         if slot.reply is None and not slot.rest:
             self._seating.vacate(slot, suspect=canvas.state == "non-finite")
+
+    @staticmethod
+    def _requested(slot: Slot) -> Request:
+        assert slot.reply is not None, f"slot {slot.index} is empty"
+        return slot.reply.request
 
     def _contain(self, error: Exception, chunks: Sequence[CommitChunk], ready: Sequence[Slot]) -> None:
         """End the request that `error` hit. A device that failed cannot serve the others: re-raise.

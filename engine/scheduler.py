@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 
 from engine.interface import (
     CanvasDone,
+    CanvasRead,
     EngineError,
     Event,
     Finished,
     FinishReason,
-    GenerationRequest,
     QueueFull,
+    Request,
     RequestTooLong,
     TokenLogprobs,
     Usage,
@@ -33,7 +34,7 @@ from engine.pages import PAGE
 class Reply:
     """The progress of one request."""
 
-    request: GenerationRequest
+    request: Request
     number: int  # in the order of arrival
     room: int  # reply tokens that may still be delivered, the eos token included
     ids: list[int] = field(default_factory=list)  # to be committed: the prompt, then all canvases but the last
@@ -148,7 +149,7 @@ class Scheduler:
 
     # What the caller asks for
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, request: Request) -> None:
         """Queue a request. Raises RequestTooLong, QueueFull, or EngineError for an id that is still running."""
         if len(request.prompt_ids) + 1 > self._context_length:
             raise RequestTooLong(len(request.prompt_ids), self._context_length)
@@ -317,6 +318,14 @@ class Scheduler:
         else:
             reply.ids.extend(token_ids)
             reply.between_canvases = True
+
+    def conclude(self, slot: Slot, read: CanvasRead) -> None:
+        """The slot's request wanted one canvas read, and here it is."""
+        reply = self._reply(slot)
+        reply.canvases += 1
+        reply.completion_tokens += reply.request.max_tokens
+        self._events.append(read)
+        self._finish(slot, "stop")
 
     def fail(self, slot: Slot, reason: FinishReason, error: str) -> None:
         """End the slot's request without another canvas, and say why."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.denoise import Canvas
+from engine.canvas import Canvas
 from engine.interface import EngineStats, PoolStats
 from engine.kv_cache import KVCache
 from engine.pages import PAGE

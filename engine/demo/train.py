@@ -200,7 +200,7 @@ class Trainer:
         objective.cross_entropy = torch.compile(objective.cross_entropy, dynamic=False)
         objective.after_first_pass = torch.compile(objective.after_first_pass, dynamic=False)
         for use_soft in (True, False):
-            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
                 loss, _ = objective.losses(self.stepper.model, self.stepper.batch, use_soft)
             loss.backward()
         self.stepper.optimizer.zero_grad(set_to_none=True)
@@ -250,6 +250,8 @@ class Trainer:
 
     def _write(self) -> None:
         """Put the averaged weights into the folder of `--out`, at no moment half a checkpoint; start an evaluation."""
+        if not all(bool(each.isfinite().all()) for each in self.stepper.average):
+            raise RuntimeError(f"the weights are not finite at step {self.step}; {self.options.out} holds older ones")
         out = Path(self.options.out)
         new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
         with self.stepper.averaged():

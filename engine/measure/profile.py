@@ -25,7 +25,7 @@ def profile(device: torch.device, run: Callable[[], object]) -> list[dict[str, D
     clock = Clock(device)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]
     with torch.profiler.profile(activities=activities) as watched:
-        lap = clock.lap(run)
+        wall = clock.lap(run)
     spent: defaultdict[str, list[float]] = defaultdict(list)
     for event in watched.events() or ():
         if gpu and event.device_type.name == "CUDA":
@@ -36,7 +36,7 @@ def profile(device: torch.device, run: Callable[[], object]) -> list[dict[str, D
     rows = [_row(name[:LONGEST_NAME], len(times), sum(times), busy) for name, times in spent.items()]
     rows.sort(key=lambda row: -float(row["milliseconds"] or 0))
     calls = sum(map(len, spent.values()))
-    return [*rows, _row("all of these", calls, busy, busy), _row("wall clock, watched", 1, lap.wall, busy)]
+    return [*rows, _row("all of these", calls, busy, busy), _row("wall clock, watched", 1, wall, busy)]
 
 
 def _row(name: str, calls: int, milliseconds: float, busy: float) -> dict[str, Detail]:

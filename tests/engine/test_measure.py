@@ -14,21 +14,28 @@ import pytest
 import torch
 
 from engine import options as choices
+from engine.denoise import Denoiser
 from engine.interface import EngineError
 from engine.measure import figures
 from engine.measure.__main__ import main
+from engine.measure.clock import Clock
 from engine.measure.figure import Figure
+from engine.measure.figures import Bench
 from engine.measure.options import GROUPS, BenchOptions
 from engine.measure.profile import profile
-from engine.measure.roofline import Work
+from engine.measure.rig import Rig
+from engine.measure.roofline import Ceilings, Work
 from engine.measure.run import bench
 from engine.measure.start_up import start_up_figures
+from engine.measure.summary import main as summarise
+from engine.random_weights import plan_random, random_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = ["--shape", "tiny", "--device", "cpu", "--prompt", "16", "--steps", "3", "--slots", "1", "2"]
 EVERYTHING = {
     "start",
     "step@16",
+    "engine@16",
     "canvas@16",
     "commit@16",
     "reply@16",
@@ -84,9 +91,21 @@ def test_every_figure_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[
                 roofline = figure["roofline"]
                 assert roofline["bytes"] > 0 and roofline["flops"] > 0 and roofline["milliseconds"] > 0, key
                 assert roofline["share"] == pytest.approx(roofline["milliseconds"] / figure["milliseconds"]), key
-        names = [row["name"] for row in run["profile"]]
-        assert "aten::mm" in names
-        assert names[-2:] == ["all of these", "wall clock, watched"]
+        assert len(run["profiles"]) == 3
+        for rows in run["profiles"].values():
+            names = [row["name"] for row in rows]
+            assert "aten::mm" in names
+            assert names[-2:] == ["all of these", "wall clock, watched"]
+    assert summarise([str(path)]) == 0
+    heading, columns, _, *rows = capsys.readouterr().out.splitlines()
+    assert heading.endswith(f", torch {torch.__version__}")
+    assert columns == "| | bf16 | nvfp4+fp8 |"
+    (commit,) = (row for row in rows if "extra for the commit" in row)
+    assert commit.count(" ms = ") == commit.count(" steps") == 2
+    (memory,) = (row for row in rows if "memory over weights" in row)
+    assert memory.endswith("| - | - |")
+    (step,) = (row for row in rows if "| denoise step, prefix 16 |" in row)
+    assert step.count(" ms (") == step.count(" %)") == 2
     assert any(line.startswith("nvfp4+fp8: denoise step, prefix 16 ") for line in shown)
     assert any(line.startswith("aten::mm ") for line in shown)
 
@@ -103,7 +122,32 @@ def test_rooflines_are_of_what_was_measured() -> None:
     slots = works["slots@2"]
     assert slots is not None and works["slots@1"] is not None
     assert slots.flops == pytest.approx(2 * works["slots@1"].flops)
-    assert found["canvas@16"].detail["tokens_per_second"] == pytest.approx(16_000 / (found["canvas@16"].value or 0))
+    assert found["canvas@16"].also == (pytest.approx(16_000 / (found["canvas@16"].value or 0)), "tokens/s")
+
+
+def test_the_passes_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[tuple[list[int], list[int]]] = []
+    step = Denoiser.step
+
+    def watched(denoiser: Denoiser, canvases: Any, caches: Any, commits: Any = ()) -> None:
+        passes.append(([canvas.slot for canvas in canvases], [len(ids) for ids, _ in commits]))
+        step(denoiser, canvases, caches, commits)
+
+    monkeypatch.setattr(Denoiser, "step", watched)
+    checkpoint = random_checkpoint(plan_random("tiny", "bf16"), torch.device("cpu"), torch.float32)
+    rig = Rig(checkpoint, title="tiny", kernels="reference", context=1024)
+    rig.serve(rig.ids(700))
+    rig.serving()
+    served = passes.copy()
+    rig.served()
+    assert served == [([], [512]), ([0], [188]), ([0], [])]
+    passes.clear()
+    monkeypatch.setattr(figures, "WARM_UP", 0)
+    monkeypatch.setattr(figures, "FEW", 1)
+    ceilings = Ceilings(bandwidth=1e10, matrix_rate=1e12)
+    layout = plan_random("tiny", "bf16").layout
+    figures.first_text_figure(Bench(rig, Clock(torch.device("cpu")), layout, ceilings, 4, steps=2), 700, 2)
+    assert passes == served
 
 
 def test_a_figure_that_has_no_memory_is_left_out(
@@ -128,7 +172,7 @@ def test_a_figure_that_fails_is_told_by_the_status(
     monkeypatch.setattr(figures, "step_figure", broken)
     assert main([*TINY, "--only", "step"]) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"][0]["figures"]
-    assert found["step@16"]["note"] == "failed: logits of random weights are non-finite"
+    assert found["step@16"]["note"] == "logits of random weights are non-finite"
     assert found["canvas@16"]["value"] > 0
 
 
@@ -141,7 +185,7 @@ def test_a_run_that_is_killed_leaves_what_it_found(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         main([*TINY, "--json", str(path)])
     found = json.loads(path.read_text(encoding="utf-8"))["runs"][0]["figures"]
-    assert found.keys() == {"start", "step@16"}
+    assert found.keys() == {"start", "step@16", "engine@16"}
 
 
 @pytest.mark.parametrize(
