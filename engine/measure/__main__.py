@@ -65,8 +65,8 @@ def _measured(options: BenchOptions, path: Path | None) -> int:
             document.save(path)
     assert document is not None, "there was a format"
     for run in document.runs:
-        if run.profile is not None:
-            print("\n".join([f"\n{run.form}, one denoise step", *profile_lines(run.profile), ""]))
+        for name, rows in run.profiles.items():
+            print("\n".join([f"\n{run.form}: {name}", *profile_lines(rows)]))
     print(json.dumps(document.as_json()), flush=True)
     return 1 if document.failed else 0
 

@@ -30,8 +30,10 @@ class Figure:
     device_milliseconds: float | None = None  # None: not on a GPU
     work: Work | None = None
     limit: float | None = None
+    also: tuple[float, str] | None = None  # the same in another unit: 0.2 "steps"
     detail: Mapping[str, Detail] = field(default_factory=dict)
-    note: str | None = None
+    note: str | None = None  # why there is no value
+    failed: bool = False  # there is no value for another reason than that this machine cannot give one
 
     @property
     def share(self) -> float | None:
@@ -51,6 +53,7 @@ class Figure:
             "title": self.title,
             "value": self.value,
             "unit": self.unit,
+            "also": None if self.also is None else {"value": self.also[0], "unit": self.also[1]},
             "milliseconds": self.milliseconds,
             "device_milliseconds": self.device_milliseconds,
             "roofline": roofline,
@@ -66,13 +69,13 @@ class Run:
     form: str
     facts: dict[str, Detail] = field(default_factory=dict)
     figures: list[Figure] = field(default_factory=list)
-    profile: list[dict[str, Detail]] | None = None
+    profiles: dict[str, list[dict[str, Detail]]] = field(default_factory=dict)  # by kind of pass
 
     def as_json(self) -> dict[str, Any]:
         found: dict[str, Any] = {"format": self.form, **self.facts}
         found["figures"] = {figure.key: figure.as_json() for figure in self.figures}
-        if self.profile is not None:
-            found["profile"] = self.profile
+        if self.profiles:
+            found["profiles"] = self.profiles
         return found
 
 
@@ -85,12 +88,8 @@ class Document:
 
     @property
     def failed(self) -> bool:
-        """Whether a figure is missing for another reason than memory."""
-        return any(
-            figure.value is None and (figure.note or "").startswith("failed")
-            for run in self.runs
-            for figure in run.figures
-        )
+        """Whether a figure is missing that should be there."""
+        return any(figure.failed for run in self.runs for figure in run.figures)
 
     def save(self, path: Path) -> None:
         """Write what there is so far, whole or not at all. Raises EngineError."""

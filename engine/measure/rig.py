@@ -16,7 +16,7 @@ import torch
 from engine.canvas import Canvas
 from engine.checkpoint import Checkpoint
 from engine.engine import DiffusionEngine
-from engine.interface import EngineError, EngineInfo, EngineOptions, Sampling
+from engine.interface import EngineError, EngineInfo, EngineOptions, GenerationRequest, Sampling
 
 
 class Rig:
@@ -40,6 +40,7 @@ class Rig:
         self._model, self._denoiser, self._caches = parts.model, parts.denoiser, parts.caches
         self._canvases: list[Canvas | None] = [None] * slots
         self._opened = 0
+        self._served = ""
         self._random = Random(0)
 
     @property
@@ -94,6 +95,30 @@ class Rig:
         for canvas in canvases:
             if canvas.state != "open":
                 raise EngineError(f"logits of random weights are {canvas.state} after {canvas.steps} passes")
+
+    def serve(self, ids: Sequence[int]) -> None:
+        """Bring a request to its first denoise pass, through the engine's front door; `serving` runs the next ones."""
+        self.clear()
+        self._opened += 1
+        self._served = f"bench-{self._opened}"
+        length = self.info.canvas_length
+        self._engine.submit(
+            GenerationRequest(
+                id=self._served, prompt_ids=tuple(ids), max_tokens=length, sampling=Sampling(seed=self._opened)
+            )
+        )
+        for _ in self.chunks(ids):
+            self.serving()
+
+    def serving(self) -> None:
+        """One step of the engine. Raises EngineError if it ended the request."""
+        for event in self._engine.step():
+            raise EngineError(f"a request of random weights ended: {event}")
+
+    def served(self) -> None:
+        """End the request."""
+        self._engine.cancel(self._served)
+        self._engine.step()
 
     @torch.inference_mode()
     def result(self, slot: int = 0) -> tuple[int, ...]:

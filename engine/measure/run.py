@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 
 import torch
 
@@ -48,7 +47,7 @@ def bench(options: BenchOptions) -> Iterator[Document]:
     device, dtype, kernels = settle(engine_options)
     for form in options.formats:
         require_fit(plan_random(options.shape, form), engine_options, device, dtype, FORMAT_FLAGS)
-    document = Document(_facts(options, device, dtype, kernels))
+    document = Document(described(options, device, dtype, kernels))
     ceilings = measure_ceilings(device)
     document.facts["ceilings"] = {
         "copy_gb_per_second": ceilings.copy,
@@ -89,7 +88,7 @@ class FormatBench:
     def measure(self) -> Iterator[None]:
         """Add figure after figure to the run."""
         if self._options.start_up:
-            yield from self._add(partial(start_up_figures, self._options, self._run.form), "start_up", "start-up")
+            yield from self._add("start_up", partial(start_up_figures, self._options, self._run.form))
         self._clock.wait()
         began = time.monotonic()
         checkpoint = random_checkpoint(self._plan, self._device, self._dtype, seed=self._options.seed)
@@ -99,113 +98,134 @@ class FormatBench:
             "parameters": checkpoint.parameters,
         }
         self._memory.begin()
-        yield from self._one_slot(checkpoint)
-        yield from self._long(checkpoint)
-        yield from self._many_slots(checkpoint)
+        wanted = set(self._options.only)
+        if {"start", "step", "commit", "first-text", "memory"} & wanted or self._options.profile:
+            yield from self._one_slot(checkpoint)
+        if {"prefill", "prefix", "beside"} & wanted:
+            yield from self._long(checkpoint)
+        for slots in self._options.slots:  # an engine each, so that the largest that fits is measured too
+            yield from self._group("slots", f"slots@{slots}", partial(self._slots_figure, checkpoint, slots))
 
     def _one_slot(self, checkpoint: Checkpoint) -> Iterator[None]:
-        shape, options = self._shape, self._options
-        prompt, steps = shape.first_text
-        context = max(shape.context, max(options.prompts) + 8 * shape.config.canvas_length)
-        bench: Bench | None = None
-
-        def start() -> Figure:
-            nonlocal bench
-            found = kernels_on_disk()
-            began = time.monotonic()
-            bench = self._bench(checkpoint, context, slots=1)
-            bench.rig.commit(bench.rig.ids(shape.config.canvas_length))
-            bench.rig.open()
-            bench.rig.step()
-            self._clock.wait()
-            seconds = time.monotonic() - began
-            detail = {"kernels_compiled": kernels_on_disk() - found}
-            return Figure(key="start", title="weights to first step", value=seconds, unit="s", detail=detail)
-
-        yield from self._add(start, "start", "weights to first step")
-        if bench is None:
+        """What one reply is like, in an engine of one slot."""
+        options, size = self._options, self._shape.config.canvas_length
+        context = max(self._shape.context, max(options.prompts) + 8 * size)
+        built: list[Bench] = []
+        yield from self._add("start", partial(self._start, built, checkpoint, context))
+        if not built:
             return
-        made: Bench = bench
-        self._run.facts |= {"kernels": made.rig.info.kernels, "kv_bytes": made.rig.info.kv_bytes}
+        (bench,) = built
+        first = options.prompts[0]
         for length in options.prompts:
-            yield from self._group("step", partial(measuring.step_figure, made, length), f"step@{length}")
-            yield from self._group("step", partial(measuring.canvas_figure, made, length), f"canvas@{length}")
-        yield from self._group(
-            "commit", partial(measuring.commit_figures, made, options.prompts[0]), f"commit@{options.prompts[0]}"
-        )
-        for length, count in dict.fromkeys([(prompt, steps), *((n, options.steps) for n in options.prompts)]):
-            yield from self._group(
-                "first-text",
-                partial(measuring.first_text_figure, made, length, count),
-                f"first_text@{length}/{count}",
-            )
-        yield from self._group("memory", partial(self._memory_figure, made, checkpoint, context), "memory")
+            yield from self._group("step", f"step@{length}", partial(measuring.step_figure, bench, length))
+            yield from self._group("step", f"engine@{length}", partial(measuring.serving_figure, bench, length))
+            yield from self._group("step", f"canvas@{length}", partial(measuring.canvas_figure, bench, length))
+        yield from self._group("commit", f"commit@{first}", partial(measuring.commit_figures, bench, first))
+        wanted = [self._shape.first_text, *((length, options.steps) for length in options.prompts)]
+        for length, steps in dict.fromkeys(wanted):
+            measure = partial(measuring.first_text_figure, bench, length, steps)
+            yield from self._group("first-text", f"first_text@{length}/{steps}", measure)
+        yield from self._group("memory", "memory", partial(self._memory_figure, bench, checkpoint, context))
         if options.profile:
-            measuring.denoise_step(replace(made, steps=2), options.prompts[0])
-            self._run.profile = profile(self._device, made.rig.step)
+            self._profile(bench, first)
             yield None
-        made.rig.close()
+        bench.rig.close()
+
+    def _start(self, built: list[Bench], checkpoint: Checkpoint, context: int) -> Figure:
+        """Build the engine and run its first passes."""
+        found = kernels_on_disk()
+        began = time.monotonic()
+        bench = self._bench(checkpoint, context, slots=1)
+        ready = time.monotonic()
+        bench.rig.commit(bench.rig.ids(self._shape.config.canvas_length))
+        bench.rig.open()
+        bench.rig.step()
+        self._clock.wait()
+        built.append(bench)
+        return Figure(
+            key="start",
+            title="weights to first step",
+            value=time.monotonic() - began,
+            unit="s",
+            detail={"engine_seconds": ready - began, "kernels_compiled": kernels_on_disk() - found},
+        )
 
     def _memory_figure(self, bench: Bench, checkpoint: Checkpoint, context: int) -> Figure:
         """Peak over all so far and a full context, its last canvas and commit included."""
-        rig, size = bench.rig, bench.rig.config.canvas_length
+        rig, size = bench.rig, self._shape.config.canvas_length
         rig.clear()
         rig.commit(rig.ids(context - size))
         rig.open()
         rig.step()
+        rig.open()
         rig.step(commit=(rig.ids(size), 0))
         return self._memory.figure(checkpoint.weight_bytes, context)
 
+    def _profile(self, bench: Bench, prefix: int) -> None:
+        """The three kinds of passes, each after a warm-up."""
+        rig = bench.rig
+        chunk = rig.chunks(rig.ids(self._shape.prefill[0]))[0]
+        size = self._shape.config.canvas_length
+        passes: dict[str, Callable[[], None]] = {
+            f"denoise step, prefix {prefix}": rig.step,
+            f"first pass with a commit of {size}, prefix {prefix}": partial(rig.step, commit=(rig.ids(size), 0)),
+            f"prefill of {len(chunk)} tokens, prefix {prefix}": partial(rig.commit, chunk),
+        }
+        for name, run in passes.items():
+            for last in (False, False, False, True):
+                rig.clear()
+                rig.commit(rig.ids(prefix))
+                rig.open()
+                if run == rig.step:
+                    run()  # so that the one that is watched is self-conditioned
+                if last:
+                    self._run.profiles[name] = profile(self._device, run)
+                else:
+                    run()
+
     def _long(self, checkpoint: Checkpoint) -> Iterator[None]:
-        shape, options = self._shape, self._options
-        if not {"prefill", "prefix", "beside"} & set(options.only):
-            return
+        """What long prompts are like, in an engine of two slots."""
+        shape, short = self._shape, self._options.prompts[0]
         longest = shape.prefill[-1]
-        slots = 2 if "beside" in options.only else 1
-        bench: Bench | None = None
+        built: list[Bench] = []
 
         def build() -> list[Figure]:
-            nonlocal bench
-            bench = self._bench(checkpoint, longest + 2 * shape.config.canvas_length, slots=slots)
+            built.append(self._bench(checkpoint, longest + 2 * shape.config.canvas_length, slots=2))
             return []
 
-        yield from self._add(build, "long", f"engine of {slots} slots and a context of {longest}")
-        if bench is None:
+        yield from self._add("long", build)
+        if not built:
             return
-        made: Bench = bench
+        (bench,) = built
         for tokens in shape.prefill:
-            yield from self._group("prefill", partial(measuring.prefill_figure, made, tokens), f"prefill@{tokens}")
-        short = options.prompts[0]
-        yield from self._group("prefix", partial(measuring.prefix_figure, made, longest, short), f"prefix@{longest}")
-        yield from self._group(
-            "beside", partial(measuring.beside_figure, made, shape.beside, short), f"beside@{shape.beside}"
-        )
-        made.rig.close()
+            yield from self._group("prefill", f"prefill@{tokens}", partial(measuring.prefill_figure, bench, tokens))
+        yield from self._group("prefix", f"prefix@{longest}", partial(measuring.prefix_figure, bench, longest, short))
+        measure = partial(measuring.beside_figure, bench, shape.beside, short)
+        yield from self._group("beside", f"beside@{shape.beside}", measure)
+        bench.rig.close()
 
-    def _many_slots(self, checkpoint: Checkpoint) -> Iterator[None]:
-        if "slots" not in self._options.only:
-            return
+    def _slots_figure(self, checkpoint: Checkpoint, slots: int) -> Figure:
+        """Several canvases at a time, in an engine of just so many slots."""
         prefix = self._options.prompts[0]
-        for slots in self._options.slots:  # an engine each, so that the largest that fits is measured too
-
-            def measure(slots: int = slots) -> Figure:
-                bench = self._bench(checkpoint, prefix + 2 * self._shape.config.canvas_length, slots=slots)
-                try:
-                    return measuring.slots_figure(bench, slots, prefix)
-                finally:
-                    bench.rig.close()
-
-            yield from self._group("slots", measure, f"slots@{slots}")
+        bench = self._bench(checkpoint, prefix + 2 * self._shape.config.canvas_length, slots=slots)
+        try:
+            return measuring.slots_figure(bench, slots, prefix)
+        finally:
+            bench.rig.close()
 
     def _bench(self, checkpoint: Checkpoint, context: int, *, slots: int) -> Bench:
+        """An engine to measure. Raises OutOfMemoryError if there is no memory for its keys and values."""
         _free(self._device)
-        rig = Rig(
-            checkpoint,
-            title=f"{self._options.shape} of random weights",
-            kernels=self._kernels,
-            context=min(context, self._shape.config.max_positions),
-            slots=slots,
-        )
+        try:
+            rig = Rig(
+                checkpoint,
+                title=f"{self._options.shape} of random weights",
+                kernels=self._kernels,
+                context=min(context, self._shape.config.max_positions),
+                slots=slots,
+            )
+        except EngineError as error:
+            raise torch.OutOfMemoryError(str(error)) from error
         return Bench(
             rig=rig,
             clock=self._clock,
@@ -215,26 +235,26 @@ class FormatBench:
             steps=self._options.steps,
         )
 
-    def _group(self, group: str, measure: Callable[[], Figure | list[Figure]], key: str) -> Iterator[None]:
+    def _group(self, group: str, key: str, measure: Callable[[], Figure | list[Figure]]) -> Iterator[None]:
         if group in self._options.only:
-            yield from self._add(measure, key, key)
+            yield from self._add(key, measure)
 
-    def _add(self, measure: Callable[[], Figure | list[Figure]], key: str, title: str) -> Iterator[None]:
+    def _add(self, key: str, measure: Callable[[], Figure | list[Figure]]) -> Iterator[None]:
         """Measure, or say why that was not possible; the next figure may still be."""
         try:
             made = measure()
-            found = made if isinstance(made, list) else [made]
         except torch.OutOfMemoryError as error:
-            found = [_missing(key, title, f"no memory: {error}")]
+            made = _missing(key, f"no memory: {error}")
         except EngineError as error:
-            found = [_missing(key, title, f"failed: {error}")]
+            made = replace(_missing(key, str(error)), failed=True)
+        found = made if isinstance(made, list) else [made]
         self._run.figures.extend(found)
         if found:
             yield None
 
 
-def _missing(key: str, title: str, why: str) -> Figure:
-    return Figure(key=key, title=title, value=None, unit="", note=" ".join(why.split()))
+def _missing(key: str, why: str) -> Figure:
+    return Figure(key=key, title=key, value=None, unit="", note=" ".join(why.split()))
 
 
 def _free(device: torch.device) -> None:
@@ -244,7 +264,7 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _facts(options: BenchOptions, device: torch.device, dtype: torch.dtype, kernels: str) -> dict[str, object]:
+def described(options: BenchOptions, device: torch.device, dtype: torch.dtype, kernels: str) -> dict[str, object]:
     """What was measured, and on what."""
     gpu = device.type == "cuda"
     return {
@@ -259,6 +279,12 @@ def _facts(options: BenchOptions, device: torch.device, dtype: torch.dtype, kern
         "capability": list(torch.cuda.get_device_capability(device)) if gpu else None,
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory if gpu else None,
         "torch": torch.__version__,
-        "triton": version("triton") if gpu else None,
+        "triton": _triton() if gpu else None,
         "cuda": torch.version.cuda,
     }
+
+
+def _triton() -> str:
+    import triton  # deferred: a machine without a GPU need not have it
+
+    return str(triton.__version__)

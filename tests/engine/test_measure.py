@@ -8,27 +8,36 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from engine import options as choices
+from engine.denoise import Denoiser
 from engine.interface import EngineError
 from engine.measure import figures
 from engine.measure.__main__ import main
+from engine.measure.clock import Clock
 from engine.measure.figure import Figure
+from engine.measure.figures import Bench
+from engine.measure.memory import Memory
 from engine.measure.options import GROUPS, BenchOptions
-from engine.measure.profile import profile
-from engine.measure.roofline import Work
-from engine.measure.run import bench
+from engine.measure.profile import SUMS, profile, union
+from engine.measure.rig import Rig
+from engine.measure.roofline import Ceilings, Work
+from engine.measure.run import bench, described
 from engine.measure.start_up import start_up_figures
+from engine.measure.summary import main as summarise
+from engine.random_weights import plan_random, random_checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = ["--shape", "tiny", "--device", "cpu", "--prompt", "16", "--steps", "3", "--slots", "1", "2"]
 EVERYTHING = {
     "start",
     "step@16",
+    "engine@16",
     "canvas@16",
     "commit@16",
     "reply@16",
@@ -84,9 +93,21 @@ def test_every_figure_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[
                 roofline = figure["roofline"]
                 assert roofline["bytes"] > 0 and roofline["flops"] > 0 and roofline["milliseconds"] > 0, key
                 assert roofline["share"] == pytest.approx(roofline["milliseconds"] / figure["milliseconds"]), key
-        names = [row["name"] for row in run["profile"]]
-        assert "aten::mm" in names
-        assert names[-2:] == ["all of these", "wall clock, watched"]
+        assert len(run["profiles"]) == 3
+        for rows in run["profiles"].values():
+            names = [row["name"] for row in rows]
+            assert "aten::mm" in names
+            assert tuple(names[-3:]) == SUMS
+    assert summarise([str(path)]) == 0
+    heading, columns, _, *rows = capsys.readouterr().out.splitlines()
+    assert heading.endswith(f", torch {torch.__version__}")
+    assert columns == "| | bf16 | nvfp4+fp8 |"
+    (commit,) = (row for row in rows if "extra for the commit" in row)
+    assert commit.count(" ms = ") == commit.count(" steps") == 2
+    (memory,) = (row for row in rows if "memory over weights" in row)
+    assert memory.endswith("| - | - |")
+    (step,) = (row for row in rows if "| denoise step, prefix 16 |" in row)
+    assert step.count(" ms (") == step.count(" %)") == 2
     assert any(line.startswith("nvfp4+fp8: denoise step, prefix 16 ") for line in shown)
     assert any(line.startswith("aten::mm ") for line in shown)
 
@@ -103,7 +124,32 @@ def test_rooflines_are_of_what_was_measured() -> None:
     slots = works["slots@2"]
     assert slots is not None and works["slots@1"] is not None
     assert slots.flops == pytest.approx(2 * works["slots@1"].flops)
-    assert found["canvas@16"].detail["tokens_per_second"] == pytest.approx(16_000 / (found["canvas@16"].value or 0))
+    assert found["canvas@16"].also == (pytest.approx(16_000 / (found["canvas@16"].value or 0)), "tokens/s")
+
+
+def test_the_passes_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[tuple[list[int], list[int]]] = []
+    step = Denoiser.step
+
+    def watched(denoiser: Denoiser, canvases: Any, caches: Any, commits: Any = ()) -> None:
+        passes.append(([canvas.slot for canvas in canvases], [len(ids) for ids, _ in commits]))
+        step(denoiser, canvases, caches, commits)
+
+    monkeypatch.setattr(Denoiser, "step", watched)
+    checkpoint = random_checkpoint(plan_random("tiny", "bf16"), torch.device("cpu"), torch.float32)
+    rig = Rig(checkpoint, title="tiny", kernels="reference", context=1024)
+    rig.serve(rig.ids(700))
+    rig.serving()
+    served = passes.copy()
+    rig.served()
+    assert served == [([], [512]), ([0], [188]), ([0], [])]
+    passes.clear()
+    monkeypatch.setattr(figures, "WARM_UP", 0)
+    monkeypatch.setattr(figures, "FEW", 1)
+    ceilings = Ceilings(bandwidth=1e10, matrix_rate=1e12)
+    layout = plan_random("tiny", "bf16").layout
+    figures.first_text_figure(Bench(rig, Clock(torch.device("cpu")), layout, ceilings, 4, steps=2), 700, 2)
+    assert passes == served
 
 
 def test_a_figure_that_has_no_memory_is_left_out(
@@ -128,7 +174,7 @@ def test_a_figure_that_fails_is_told_by_the_status(
     monkeypatch.setattr(figures, "step_figure", broken)
     assert main([*TINY, "--only", "step"]) == 1
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["runs"][0]["figures"]
-    assert found["step@16"]["note"] == "failed: logits of random weights are non-finite"
+    assert found["step@16"]["note"] == "logits of random weights are non-finite"
     assert found["canvas@16"]["value"] > 0
 
 
@@ -141,7 +187,7 @@ def test_a_run_that_is_killed_leaves_what_it_found(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         main([*TINY, "--json", str(path)])
     found = json.loads(path.read_text(encoding="utf-8"))["runs"][0]["figures"]
-    assert found.keys() == {"start", "step@16"}
+    assert found.keys() == {"start", "step@16", "engine@16"}
 
 
 @pytest.mark.parametrize(
@@ -176,14 +222,80 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_made(
     assert "what fits there is --format nvfp4 (context up to" in said
 
 
+class FakeEvent:
+    """An event of a GPU whose time passes by a millisecond a record."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        FakeEvent.now += 1.0
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end.at - self.at
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """As much of a GPU as timing and memory ask for."""
+    told = {
+        "synchronize": None,
+        "empty_cache": None,
+        "_sleep": None,
+        "reset_peak_memory_stats": None,
+        "max_memory_reserved": 5 * 2**30,
+        "max_memory_allocated": 4 * 2**30,
+        "mem_get_info": (2**30, 10 * 2**30),
+        "get_device_name": "NVIDIA Imaginary",
+        "get_device_capability": (9, 0),
+    }
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    properties = SimpleNamespace(total_memory=10 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    return torch.device("cuda", 0)
+
+
+def test_the_devices_own_time_is_between_events(fake_gpu: torch.device) -> None:
+    clock, calls = Clock(fake_gpu), []
+    assert clock.device(lambda: calls.append(1), most=3, seconds=1.0, prepare=lambda: calls.append(0)) == 1.0
+    assert calls == [0, 1, 0, 1, 0, 1]
+    assert len(clock.laps(lambda: None, most=2, seconds=1.0)) == 2
+    assert Clock(torch.device("cpu")).device(lambda: None, most=3, seconds=1.0) is None
+
+
+def test_memory_is_what_was_taken_less_the_weights(fake_gpu: torch.device) -> None:
+    memory = Memory(fake_gpu)
+    memory.begin()
+    figure = memory.figure(2 * 2**30, 128)
+    assert (figure.value, figure.unit) == (3.0, "GiB")
+    assert figure.detail["device_used_bytes"] == 9 * 2**30
+    assert figure.detail["peak_in_use_bytes"] == 4 * 2**30
+
+
+def test_a_gpu_is_named(fake_gpu: torch.device) -> None:
+    facts = described(BenchOptions(shape="tiny"), fake_gpu, torch.bfloat16, "triton")
+    assert (facts["device"], facts["capability"], facts["memory_bytes"]) == ("NVIDIA Imaginary", [9, 0], 10 * 2**30)
+    assert json.loads(json.dumps(facts))["dtype"] == "bfloat16"
+
+
 def test_profile_adds_up() -> None:
     left = torch.ones(64, 64)
     rows = profile(torch.device("cpu"), lambda: left @ left + left)
-    *ops, everything, wall = rows
+    *ops, everything, busy, wall = rows
     assert {"aten::mm", "aten::add"} <= {row["name"] for row in ops}
     assert sum(float(row["milliseconds"] or 0) for row in ops) == pytest.approx(float(everything["milliseconds"] or 0))
     assert sum(float(row["share"] or 0) for row in ops) == pytest.approx(1)
-    assert float(wall["milliseconds"] or 0) > 0
+    assert 0 < float(busy["milliseconds"] or 0) <= float(wall["milliseconds"] or 0)
+
+
+def test_what_overlaps_is_counted_once() -> None:
+    assert union([]) == 0
+    assert union([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
 
 
 def test_start_up_is_measured_in_processes_of_its_own() -> None:

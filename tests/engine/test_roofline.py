@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from engine.config import published_config
@@ -20,6 +22,7 @@ from engine.measure.roofline import (
 )
 from engine.shapes import SHAPES, format_choice, tiny_config
 
+ROOT = Path(__file__).resolve().parents[2]
 PUBLISHED = published_config()
 EMBEDDING = 262_144 * 2816
 
@@ -129,3 +132,26 @@ def test_limits_of_cards_that_are_not_here() -> None:
     assert spark.split() == ["DGX", "Spark", "191.0", "101.6", "71.02"]
     (small,) = (line for line in lines if line.startswith("RTX 4090"))
     assert small.split() == ["RTX", "4090", "-", "-", "19.23"]
+
+
+def test_the_readme_says_what_is_computed() -> None:
+    formats = ("bf16", "fp8", "nvfp4", "nvfp4+fp8")
+    rows = computed_steps(SHAPES["26b-a4b"], formats, 512)
+    found = {(row["card"], row["format"]): row for row in rows}
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    start = lines.index("| card | " + " | ".join(formats) + " |") + 2
+    told = {}
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        card, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        told[card] = cells
+    expected = {}
+    for card in CARDS:
+        of_card = [found[card.name, form] for form in formats]
+        if any(row["context"] for row in of_card):
+            expected[card.name] = [
+                f"{row['milliseconds']:.1f}{'*' if row['bound'] == 'matrix' else ''}" if row["context"] else "-"
+                for row in of_card
+            ]
+    assert told == expected
