@@ -7,6 +7,8 @@ from engine.formats import layout
 from engine.interface import (
     CanvasDone,
     CheckpointError,
+    Constraint,
+    ConstraintError,
     Engine,
     EngineError,
     EngineInfo,
@@ -67,6 +69,8 @@ __all__ = [
     "CARDS",
     "CanvasDone",
     "CheckpointError",
+    "Constraint",
+    "ConstraintError",
     "Engine",
     "EngineError",
     "EngineInfo",

@@ -22,9 +22,11 @@ import torch
 
 from engine.checkpoint import plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
+from engine.constrain import Guide
 from engine.denoise import Canvas, Denoiser, Model
 from engine.formats import choose
 from engine.interface import (
+    ConstraintError,
     EngineError,
     EngineInfo,
     EngineOptions,
@@ -55,10 +57,11 @@ class Seat:
 
     cache: KVCache
     canvas: Canvas | None = None
+    guide: Guide | None = None  # of a constrained reply, from its first canvas on
 
     def clear(self) -> None:
         self.cache.reset()
-        self.canvas = None
+        self.canvas = self.guide = None
 
 
 class DiffusionEngine:
@@ -76,6 +79,7 @@ class DiffusionEngine:
     ) -> None:
         """One slot for each cache, which must hold `info.context_length` positions."""
         self._info = info
+        self._schedule = schedule
         self._device = torch.device(info.device)
         self._model = model
         self._seats = tuple(Seat(cache) for cache in caches)
@@ -202,21 +206,46 @@ class DiffusionEngine:
                 ids = torch.tensor(chunk.token_ids, dtype=torch.int64, device=self._device)
                 commits.append((ids, self._seats[chunk.slot].cache))
             canvases = [self._open_canvas(slot) for slot in ready]
-            self._denoiser.step(canvases, [self._seats[slot.index].cache for slot in ready], commits)
+            # what a constraint leaves no choice about needs no pass
+            running = [(slot, canvas) for slot, canvas in zip(ready, canvases, strict=True) if canvas.state == "open"]
+            caches = [self._seats[slot.index].cache for slot, _ in running]
+            if running or commits:
+                self._denoiser.step([canvas for _, canvas in running], caches, commits)
         except Exception as error:
             self._contain(error, chunk, ready)
             return
-        for slot, canvas in zip(ready, canvases, strict=True):
+        for slot, canvas in running:
             self._scheduler.passed(slot, redrawn=canvas.just_redrawn)
+            self._follow(slot, canvas)
+        for slot, canvas in zip(ready, canvases, strict=True):
             self._settle(slot, canvas)
 
     def _open_canvas(self, slot: Slot) -> Canvas:
         """The slot's canvas; a new one if its last is done."""
         seat, reply = self._seats[slot.index], slot.reply
         assert reply is not None, f"slot {slot.index} is ready but empty"
-        if seat.canvas is None:
-            seat.canvas = self._denoiser.open(slot.index, reply.request.sampling, index=reply.canvases)
+        if seat.canvas is not None:
+            return seat.canvas
+        request = reply.request
+        if request.constraint is not None and seat.guide is None:
+            seat.guide = Guide(request.constraint, self._denoiser, self._schedule, self._info.canvas_length)
+        guided = seat.guide is not None
+        seat.canvas = self._denoiser.open(slot.index, request.sampling, index=reply.canvases, guided=guided)
+        if seat.guide is not None:
+            seat.guide.begin(seat.canvas)
         return seat.canvas
+
+    def _follow(self, slot: Slot, canvas: Canvas) -> None:
+        """Keep a constrained canvas to its constraint; end the reply if that cannot go on."""
+        guide = self._seats[slot.index].guide
+        if guide is None or canvas.state != "open":
+            return
+        try:
+            guide.follow(canvas)
+        except ConstraintError as error:
+            logger.error("a constraint failed", exc_info=error)
+            self._scheduler.fail(slot, "error", str(error))
+            self._vacate(slot)
 
     def _settle(self, slot: Slot, canvas: Canvas) -> None:
         """Deliver a canvas that is done; end the reply of one that cannot be; leave an open one alone."""

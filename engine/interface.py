@@ -6,6 +6,7 @@ the server speaks text, never tensors. Invariant: every accepted request ends in
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -29,6 +30,10 @@ class RequestTooLong(EngineError):
         self.context_length = context_length
 
 
+class ConstraintError(EngineError):
+    """A constraint cannot go on: its automaton met a limit of its own, or allows nothing at all."""
+
+
 class QueueFull(EngineError):
     """The bounded waiting queue is full; the caller should retry later."""
 
@@ -44,6 +49,35 @@ class Sampling:
     top_p: float = 1.0  # 1 = off
 
 
+class Constraint(Protocol):
+    """Which replies are allowed: an automaton over token ids that stands somewhere in its reply.
+
+    It belongs to one request and moves on the engine's thread only. Eos ids end a reply and are not part of it: the
+    automaton is never moved over one. Whatever it allows to begin can be brought to an end. Every method may raise
+    ConstraintError.
+    """
+
+    def advance(self, token_ids: Sequence[int]) -> int:
+        """Move on by ids as long as they are allowed; returns by how many."""
+
+    def rollback(self, count: int) -> None:
+        """Move back by so many of the ids it last moved on by."""
+
+    def forced(self) -> tuple[int, ...]:
+        """Ids that must come next; none where there is a choice, or where the reply may end. Does not move."""
+
+    def allowed(self) -> bytes:
+        """Which ids may come next, eos ids included: bit i of 32-bit words in the machine's order, for all of the
+        model's vocabulary. At least one is set."""
+
+    def ends(self) -> tuple[int, ...]:
+        """The eos ids that may come next, the most natural one first; none if the reply is not complete here."""
+
+    @property
+    def must_end(self) -> bool:
+        """True where the reply is complete and nothing may follow. It may also be False there: then `allowed` tells."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """One reply to generate. `max_tokens` counts reply tokens, the eos token included."""
@@ -52,6 +86,7 @@ class GenerationRequest:
     prompt_ids: tuple[int, ...]
     max_tokens: int
     sampling: Sampling
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

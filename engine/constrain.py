@@ -1,0 +1,128 @@
+"""A constrained reply: leads each of its canvases to ids that its constraint allows.
+
+After every pass the argmax of the canvas is walked from the left while the constraint allows its ids. If that reaches
+an id that ends the reply, or the end of the canvas, the canvas is as good as an unconstrained one and ends as soon as
+the model is as sure of it. Otherwise the walk stops at an id that is not allowed: there the likeliest allowed one is
+put, everything up to it is pinned, and the rest is denoised around it. Ids that the constraint leaves no choice about
+are pinned without waiting for a pass, also before the first.
+
+A pin is never taken back, so one is not set in haste: up to the middle of the schedule the walk waits for a model that
+is still changing its mind about what comes before. From there on the pins follow a timetable that has every position
+pinned at the last pass. Rejected: pinning at every pass from the first, which fixes strings while they are noise.
+
+Knows the constraint's interface and the denoiser's; no grammar, no text.
+Invariant: a canvas this ends continues the reply as the constraint allows, and it ends within the schedule's passes.
+
+Shapes: C canvas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from engine.config import GenerationDefaults
+from engine.denoise import Canvas, Denoiser
+from engine.interface import Constraint, ConstraintError
+
+
+class Guide:
+    """Where one reply stands in its constraint. Between canvases that is behind everything delivered."""
+
+    def __init__(
+        self, constraint: Constraint, denoiser: Denoiser, schedule: GenerationDefaults, canvas_length: int
+    ) -> None:
+        self._constraint = constraint
+        self._denoiser = denoiser
+        self._schedule = schedule
+        self._canvas_length = canvas_length
+        self._pinned = 0  # positions of the open canvas, from its first on; the constraint stands behind them
+        self._previous: list[int] = []  # the argmax of the pass before
+        self._unchanged = 0  # passes in a row that left what counts of it as it was
+
+    def begin(self, canvas: Canvas) -> None:
+        """A canvas was opened: pin what it must begin with. That may be all of it, which ends it.
+
+        Raises ConstraintError.
+        """
+        self._pinned, self._previous, self._unchanged = 0, [], 0
+        self._settle(canvas, [])
+
+    def follow(self, canvas: Canvas) -> None:
+        """A pass over the canvas is done: pin what is to be pinned, end it if that is all. Raises ConstraintError."""
+        best, entropy = self._denoiser.found(canvas)
+        walked = self._constraint.advance(best[self._pinned :])
+        at = self._pinned + walked
+        complete = at == len(best) or best[at] in self._constraint.ends()
+        if not complete:
+            self._unchanged = 0
+        elif self._sure(best[: at + 1], entropy[: at + 1]):
+            self._denoiser.finish(canvas)
+            return
+        stuck = not complete and self._decided(best[: at + 1], entropy[:at])
+        self._constraint.rollback(walked)
+        self._previous = best
+        target = max(at + 1 if stuck else 0, self._due(canvas))
+        if target > self._pinned:
+            self._settle(canvas, self._repaired(canvas, best, target))
+
+    def _sure(self, best: list[int], entropy: list[float]) -> bool:
+        """The model's own stop rule, for the part of a canvas that counts: what is behind an end does not."""
+        same = self._previous[: len(best)] == best
+        self._unchanged = self._unchanged + 1 if same else 0
+        mean = sum(entropy) / len(entropy)
+        return mean < self._schedule.confidence_threshold and self._unchanged >= self._schedule.stability_threshold
+
+    def _decided(self, best: list[int], before: list[float]) -> bool:
+        """The model wants an id that is not allowed, the last of `best`, and will not come off it by itself."""
+        if self._previous[: len(best)] == best:
+            return True
+        return all(each <= self._schedule.entropy_bound for each in before[self._pinned :])
+
+    def _due(self, canvas: Canvas) -> int:
+        """How many positions must be pinned by now: none in the first half of the passes, then evenly more."""
+        left = self._denoiser.passes_left(canvas)
+        half = (self._schedule.max_denoising_steps + 1) // 2
+        return self._canvas_length - self._canvas_length * left // half if left < half else 0
+
+    def _repaired(self, canvas: Canvas, best: Sequence[int], target: int) -> list[int]:
+        """Ids for the free positions before `target`: the argmax where it is allowed, else the likeliest allowed.
+
+        The constraint stands behind them afterwards; it may end before `target`.
+        """
+        ids: list[int] = []
+        while (at := self._pinned + len(ids)) < target:
+            walked = self._constraint.advance(best[at:target])
+            ids += best[at : at + walked]
+            at += walked
+            if at == target:
+                break
+            ends = self._constraint.ends()
+            chosen = best[at]
+            if chosen not in ends:
+                chosen = self._denoiser.best_allowed(canvas, at, self._constraint.allowed())
+            ids.append(chosen)
+            if chosen in ends:
+                break
+            if self._constraint.advance([chosen]) != 1:
+                raise ConstraintError(f"the constraint allows id {chosen} and refuses it")
+        return ids
+
+    def _settle(self, canvas: Canvas, ids: list[int]) -> None:
+        """Pin ids and what must follow them; end the canvas if it is full or the reply ends."""
+        room = self._canvas_length - self._pinned
+        ended = bool(ids) and ids[-1] in self._constraint.ends()
+        while not ended and len(ids) < room:
+            forced = self._constraint.forced()[: room - len(ids)]
+            forced = forced[: self._constraint.advance(forced)]
+            ids += forced
+            if self._constraint.must_end and len(ids) < room:
+                ids.append(self._constraint.ends()[0])
+                ended = True
+            elif not forced:
+                break
+        if ids:
+            self._denoiser.pin(canvas, self._pinned, ids)
+            self._previous[self._pinned : self._pinned + len(ids)] = ids
+            self._pinned += len(ids)
+        if ended or self._pinned == self._canvas_length:
+            self._denoiser.finish(canvas)
