@@ -5,6 +5,8 @@ from pathlib import Path
 from engine.config import load_model_config, published_config
 from engine.formats import layout
 from engine.interface import (
+    MAX_DENOISING_STEPS,
+    MAX_LOGPROBS,
     CanvasDone,
     CheckpointError,
     Constraint,
@@ -20,6 +22,8 @@ from engine.interface import (
     QueueFull,
     RequestTooLong,
     Sampling,
+    Schedule,
+    TokenLogprobs,
     Usage,
 )
 from engine.memory_plan import CARDS, MemoryPlan, plan_memory, plans, usable
@@ -67,6 +71,8 @@ def stored_format(folder: str) -> str | None:
 
 __all__ = [
     "CARDS",
+    "MAX_DENOISING_STEPS",
+    "MAX_LOGPROBS",
     "CanvasDone",
     "CheckpointError",
     "Constraint",
@@ -83,6 +89,8 @@ __all__ = [
     "QueueFull",
     "RequestTooLong",
     "Sampling",
+    "Schedule",
+    "TokenLogprobs",
     "Usage",
     "build_engine",
     "memory_plans",

@@ -20,20 +20,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.config import GenerationDefaults
 from engine.denoise import Canvas, Denoiser
 from engine.interface import Constraint, ConstraintError
+
+
+_WINDOW = 8  # positions behind those pinned in which the text is looked for that belongs behind them
+_END_BONUS = 1000
 
 
 class Guide:
     """Where one reply stands in its constraint. Between canvases that is behind everything delivered."""
 
-    def __init__(
-        self, constraint: Constraint, denoiser: Denoiser, schedule: GenerationDefaults, canvas_length: int
-    ) -> None:
+    def __init__(self, constraint: Constraint, denoiser: Denoiser, canvas_length: int) -> None:
         self._constraint = constraint
         self._denoiser = denoiser
-        self._schedule = schedule
         self._canvas_length = canvas_length
         self._pinned = 0  # positions of the open canvas, from its first on; the constraint stands behind them
         self._previous: list[int] = []  # the argmax of the pass before
@@ -55,33 +55,54 @@ class Guide:
         complete = at == len(best) or best[at] in self._constraint.ends()
         if not complete:
             self._unchanged = 0
-        elif self._sure(best[: at + 1], entropy[: at + 1]):
+        elif self._sure(canvas, best[: at + 1], entropy[: at + 1]):
             self._denoiser.finish(canvas)
             return
-        stuck = not complete and self._decided(best[: at + 1], entropy[:at])
+        stuck = not complete and self._decided(canvas, best[: at + 1], entropy[:at])
         self._constraint.rollback(walked)
         self._previous = best
-        target = max(at + 1 if stuck else 0, self._due(canvas))
-        if target > self._pinned:
-            self._settle(canvas, self._repaired(canvas, best, target))
+        due = self._due(canvas)
+        if stuck or due > self._pinned:
+            self._settle(canvas, self._repaired(canvas, best, max(due, at + 1 if stuck else 0)))
+        if stuck and due <= at and canvas.state == "open":
+            self._realign(canvas, best, at)
 
-    def _sure(self, best: list[int], entropy: list[float]) -> bool:
+    def _realign(self, canvas: Canvas, best: list[int], broken: int) -> None:
+        """Ids were pinned from position `broken` on instead of the model's. What it had behind may belong elsewhere
+        now: as it is (the pins replace), all of it behind the pins (they were inserted), or from the place on that
+        stands behind the id pinned last. Where the constraint can follow the longest is where it goes."""
+        last = self._previous[self._pinned - 1]
+        near = range(broken, min(2 * self._pinned - broken + _WINDOW, len(best)))
+        behind_last = [place + 1 for place in near if best[place] == last]
+        resume, longest = self._pinned, -1
+        for source in dict.fromkeys((self._pinned, broken, broken + 1, *behind_last[:2])):
+            walked = self._constraint.advance(best[source:])
+            complete = source + walked < len(best) and best[source + walked] in self._constraint.ends()
+            self._constraint.rollback(walked)
+            if walked + _END_BONUS * complete > longest:
+                resume, longest = source, walked + _END_BONUS * complete
+        if resume != self._pinned:
+            self._denoiser.move(canvas, resume, self._pinned)
+            self._previous = self._previous[: self._pinned] + best[resume:]
+
+    def _sure(self, canvas: Canvas, best: list[int], entropy: list[float]) -> bool:
         """The model's own stop rule, for the part of a canvas that counts: what is behind an end does not."""
         same = self._previous[: len(best)] == best
         self._unchanged = self._unchanged + 1 if same else 0
         mean = sum(entropy) / len(entropy)
-        return mean < self._schedule.confidence_threshold and self._unchanged >= self._schedule.stability_threshold
+        schedule = canvas.schedule
+        return mean < schedule.confidence_threshold and self._unchanged >= schedule.stability_threshold
 
-    def _decided(self, best: list[int], before: list[float]) -> bool:
+    def _decided(self, canvas: Canvas, best: list[int], before: list[float]) -> bool:
         """The model wants an id that is not allowed, the last of `best`, and will not come off it by itself."""
         if self._previous[: len(best)] == best:
             return True
-        return all(each <= self._schedule.entropy_bound for each in before[self._pinned :])
+        return all(each <= canvas.schedule.entropy_bound for each in before[self._pinned :])
 
     def _due(self, canvas: Canvas) -> int:
         """How many positions must be pinned by now: none in the first half of the passes, then evenly more."""
         left = self._denoiser.passes_left(canvas)
-        half = (self._schedule.max_denoising_steps + 1) // 2
+        half = (canvas.schedule.max_denoising_steps + 1) // 2
         return self._canvas_length - self._canvas_length * left // half if left < half else 0
 
     def _repaired(self, canvas: Canvas, best: Sequence[int], target: int) -> list[int]:

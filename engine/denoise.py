@@ -3,9 +3,10 @@
     canvas = noise
     repeat: logits = denoise(canvas, soft) / T;  done?;  draw;  accept;  re-noise the rest;  soft = embed(logits)
 
-The state of every slot's canvas lives on the device, and a pass updates it there: the host reads one small tensor a
-pass. Knows the model's pass and the sampler; nothing of requests, queues or eos ids. What is committed in the same pass
-only passes through.
+The state of every slot's canvas lives on the device, always at the same addresses, and a pass updates it there, without
+the host: so a whole pass, sampler included, can be one CUDA graph, and the host reads one small tensor a pass. Knows
+the model's pass and the sampler; nothing of requests, queues or eos ids. What is committed in the same pass only
+passes through.
 
 Positions can be pinned: held at an id as if the model were sure of it. Whoever pins says which; a canvas that is
 "guided" is also ended by whoever guides it, who may ask for the likeliest of some ids at a position.
@@ -14,23 +15,26 @@ Invariant: only a canvas that converged, or one whose guide ended it, is ever "d
 re-drawn once with other noise and then given up ("unconverged"): committed, such a canvas would ruin everything after
 it. Logits that are not finite give it up at once.
 
-Shapes: S slots, n canvases of a pass, C canvas, P passes, V vocabulary.
+Shapes: S slots, n canvases of a pass, C canvas, P passes, M hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from engine import sampler
+from engine.bias import Bias
 from engine.config import GenerationDefaults
-from engine.interface import Sampling
-from engine.kernels.reference_output import Draw, Reading
+from engine.graphs import Graphs
+from engine.interface import MAX_DENOISING_STEPS, Sampling, Schedule, TokenLogprobs
+from engine.kernels.reference_output import Draw, Reading, log_probabilities
 from engine.kv_cache import KVCache
+from engine.plan import PassPlan
 from engine.rng import canvas_noise
 
 ATTEMPTS = 2  # the first draw and one re-draw
@@ -41,15 +45,20 @@ CanvasState = Literal["open", "done", "unconverged", "non-finite"]
 class Model(Protocol):
     """What the loop needs of the model."""
 
-    def run(
-        self,
-        commits: Sequence[tuple[Tensor, KVCache]],
-        canvas: Tensor | None,
-        probabilities: Tensor | None,
-        caches: Sequence[KVCache],
-    ) -> Tensor | None: ...
+    def plan(
+        self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[tuple[int, KVCache]]
+    ) -> PassPlan: ...
+
+    def forward(self, plan: PassPlan, canvas: Tensor | None, soft: Tensor | None) -> Tensor | None: ...
 
     def read(self, logits: Tensor, draw: Draw) -> Reading: ...
+
+    def embed_soft(self, probabilities: Tensor) -> Tensor: ...
+
+    def embed(self, ids: Tensor) -> Tensor: ...
+
+    @property
+    def softcap(self) -> float: ...
 
 
 @dataclass
@@ -59,6 +68,8 @@ class Canvas:
     slot: int
     index: int  # 0-based number within the reply
     sampling: Sampling
+    schedule: GenerationDefaults
+    logprobs: int | None = None  # as in GenerationRequest
     guided: bool = False  # ended by `Denoiser.finish` only: neither by the stop rule nor by running out of passes
     pinned: bool = False  # some position is held
     settled: bool = False  # the last pass met the model's own stop rule
@@ -76,7 +87,42 @@ class Canvas:
     @property
     def shaped(self) -> bool:
         """Whether the request asks for another draw than the model's own."""
-        return (self.sampling.temperature, self.sampling.top_k, self.sampling.top_p) != (1.0, 0, 1.0)
+        sampling = self.sampling
+        return (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) != (1.0, 0, 1.0, 0.0)
+
+    @property
+    def penalised(self) -> bool:
+        """Whether ids that have occurred cost something."""
+        return bool(self.sampling.presence_penalty or self.sampling.frequency_penalty)
+
+    @property
+    def biased(self) -> bool:
+        """Whether the request adds something to the logits."""
+        return self.penalised or bool(self.sampling.logit_bias)
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What the host knows of the canvases of a pass, so that the rare ways are taken only where they are asked for."""
+
+    shaped: bool  # some row is drawn in another way
+    pinned: bool  # some position is held
+    biased: bool  # something is added to some logit
+    penalised: bool  # and it depends on what the canvas holds
+
+    @classmethod
+    def of(cls, canvases: Sequence[Canvas]) -> Flags:
+        return cls(
+            shaped=any(canvas.shaped for canvas in canvases),
+            pinned=any(canvas.pinned for canvas in canvases),
+            biased=any(canvas.biased for canvas in canvases),
+            penalised=any(canvas.penalised for canvas in canvases),
+        )
+
+
+def resolve(asked: Schedule, default: GenerationDefaults) -> GenerationDefaults:
+    """The checkpoint's schedule with what a request wants otherwise."""
+    return replace(default, **{name: value for name, value in asdict(asked).items() if value is not None})
 
 
 class Denoiser:
@@ -91,16 +137,18 @@ class Denoiser:
         canvas_length: int,
         vocab_size: int,
         device: torch.device,
+        graphs: bool = False,
     ) -> None:
+        """`graphs`: capture passes as CUDA graphs; the model must then do without the host, and its plans come in few
+        layouts."""
         self._model = model
+        self._graphs = Graphs(device, enabled=graphs)
         self._schedule = schedule
         self._canvas_length = canvas_length
         self._vocab_size = vocab_size
         self._device = device
-        passes = schedule.max_denoising_steps
-        self._temperatures = torch.tensor(
-            [sampler.temperature_at(step, schedule) for step in range(1, passes + 1)], device=device
-        )
+        self._tables: dict[int, Tensor] = {}  # of temperatures, by the number of passes
+        passes = max(schedule.max_denoising_steps, MAX_DENOISING_STEPS)
         shape = (slots, canvas_length)
 
         def state(*sizes: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -110,46 +158,73 @@ class Denoiser:
         self._best = state(*shape)  # argmax of the last pass; -1 before the first
         self._entropy = state(*shape, dtype=torch.float32)  # of the last pass
         self._pins = state(*shape) - 1  # the id a position is held at; -1 = free
+        self._kept = state(*shape, dtype=torch.bool)  # accepted in the last pass
         self._passes, self._unchanged = state(slots), state(slots)
+        self._temperatures = state(slots, passes, dtype=torch.float32)  # by pass
+        self._entropy_bound, self._confidence = (state(slots, dtype=torch.float32) for _ in range(2))
+        self._stability = state(slots)
         self._noise_ids = state(slots, passes + 1, canvas_length)
         self._uniforms = state(slots, passes + 1, canvas_length, dtype=torch.float32)
-        self._request_temperature, self._top_p = (state(slots, dtype=torch.float32) for _ in range(2))
+        self._request_temperature, self._top_p, self._min_p = (state(slots, dtype=torch.float32) for _ in range(3))
         self._top_k = state(slots, dtype=torch.int32)
-        self._probabilities: Tensor | None = None  # [S, C, V] of the last pass, 0 before the first; as logits' dtype
-        self._logits: Tensor | None = None  # [n, C, V] of the last pass
+        self._finished = state(2, slots, dtype=torch.bool)  # of a pass's canvases, in order: done; finite
+        self._bias = Bias(slots, vocab_size, schedule, device)
+        # made by the first pass, which knows size and dtype, and never again
+        self._soft: Tensor | None = None  # [S, C, M], the expected embedding under the last pass; 0 before the first
+        self._outputs: dict[Hashable, Tensor] = {}  # logits [n, C, V] by kind of pass; overwritten by the next pass
+        self._logits: Tensor | None = None  # those of the last pass
         self._rows: dict[int, int] = {}  # which of them are a slot's
 
-    def open(self, slot: int, sampling: Sampling, index: int, *, guided: bool = False) -> Canvas:
-        """A fresh canvas of noise in a slot: number `index` of its reply."""
-        canvas = Canvas(slot=slot, index=index, sampling=sampling, guided=guided)
+    def open(
+        self,
+        slot: int,
+        sampling: Sampling,
+        index: int,
+        *,
+        schedule: Schedule | None = None,
+        logprobs: int | None = None,
+        said: Mapping[int, int] | None = None,
+        guided: bool = False,
+    ) -> Canvas:
+        """A fresh canvas of noise in a slot: number `index` of its reply. `said`: how often each id occurred in it."""
+        chosen = resolve(schedule or Schedule(), self._schedule)
+        canvas = Canvas(slot=slot, index=index, sampling=sampling, schedule=chosen, logprobs=logprobs, guided=guided)
         self._pins[slot] = -1
+        self._temperatures[slot, : chosen.max_denoising_steps] = self._table(chosen.max_denoising_steps)
+        self._entropy_bound[slot] = chosen.entropy_bound
+        self._confidence[slot] = chosen.confidence_threshold
+        self._stability[slot] = chosen.stability_threshold
+        if canvas.biased:
+            self._bias.set(slot, sampling, said or {})
+        else:
+            self._bias.clear(slot)
         self._request_temperature[slot] = sampling.temperature
         self._top_p[slot] = sampling.top_p
+        self._min_p[slot] = sampling.min_p
         self._top_k[slot] = min(sampling.top_k, self._vocab_size)
         self._start(canvas)
         return canvas
 
     def step(
-        self, canvases: Sequence[Canvas], caches: Sequence[KVCache], commits: Sequence[tuple[Tensor, KVCache]] = ()
+        self,
+        canvases: Sequence[Canvas],
+        caches: Sequence[KVCache],
+        commits: Sequence[tuple[Sequence[int], KVCache]] = (),
     ) -> None:
-        """One pass over all `canvases` (open ones), each on its own prefix in `caches`; `commits` share the pass.
+        """One pass over all `canvases` (open ones), each on its own prefix in `caches`; `commits` (ids) share the pass.
 
-        A slot may have a canvas here and a chunk among the commits, which then belongs to its prefix.
+        A slot may have a canvas here and a chunk among the commits, which then belongs to its prefix. Raises
+        ValueError, with nothing changed, if ids do not fit a slot's capacity.
         """
-        if not canvases:
-            self._model.run(commits, None, None, [])
-            return
-        active = torch.tensor([canvas.slot for canvas in canvases], device=self._device)
-        self._logits = None  # its memory is for the next ones
-        soft = self._probabilities if any(canvas.passes for canvas in canvases) else None
-        logits = self._model.run(commits, self._ids[active], None if soft is None else soft[active], caches)
-        assert logits is not None, "there were canvases"
-        shaped, pinned = (any(flags) for flags in zip(*((each.shaped, each.pinned) for each in canvases), strict=True))
-        verdict = self._update(logits, active, shaped=shaped, pinned=pinned)
-        if any(canvas.guided for canvas in canvases):
-            self._logits, self._rows = logits, {canvas.slot: row for row, canvas in enumerate(canvases)}
-        status = torch.stack((verdict.done, verdict.finite)).tolist()  # the one thing the host waits for
-        for canvas, done, finite in zip(canvases, *status, strict=True):
+        slots = [canvas.slot for canvas in canvases]
+        plan = self._model.plan(commits, list(zip(slots, caches, strict=True)))
+        flags = Flags.of(canvases)
+        kind = (plan.layout, flags)
+        self._graphs.run(kind, lambda: self._pass(plan, flags))
+        finished = self._finished[:, : len(canvases)].tolist() if canvases else ((), ())  # all that the host waits for
+        plan.advance()
+        self._logits, self._rows = self._outputs.get(kind), {slot: row for row, slot in enumerate(slots)}
+        for canvas, done, finite in zip(canvases, *finished, strict=True):
             self._advance(canvas, done=done, finite=finite)
 
     def pin(self, canvas: Canvas, start: int, token_ids: Sequence[int]) -> None:
@@ -162,9 +237,23 @@ class Denoiser:
             return
         self._best[where] = ids
         self._entropy[where] = 0
-        if self._probabilities is not None:
-            self._probabilities[where] = 0
-            self._probabilities[where].scatter_(1, ids[:, None], 1)
+        if self._soft is not None:
+            self._soft[where] = self._model.embed(ids)
+
+    def move(self, canvas: Canvas, source: int, target: int) -> None:
+        """Let what stands from position `source` on stand from `target` on instead, as input and as what was found.
+
+        Positions to which nothing moves are noise that nothing is known of.
+        """
+        slot = canvas.slot
+        come_from = torch.arange(target, self._canvas_length, device=self._device) + (source - target)
+        known = come_from < self._canvas_length
+        come_from.clamp_(max=self._canvas_length - 1)
+        noise = self._noise_ids[slot, canvas.passes, target:]
+        self._ids[slot, target:] = torch.where(known, self._ids[slot, come_from], noise)
+        self._best[slot, target:] = torch.where(known, self._best[slot, come_from], -1)
+        if self._soft is not None:
+            self._soft[slot, target:] = self._soft[slot, come_from] * known[:, None]
 
     def found(self, canvas: Canvas) -> tuple[list[int], list[float]]:
         """The argmax and the entropy in nats of every position after the last pass; pins count as found, and sure."""
@@ -177,14 +266,32 @@ class Denoiser:
         """
         assert self._logits is not None, "there was a pass with a guided canvas"
         row = self._logits[self._rows[canvas.slot], position].float()
+        if canvas.biased:
+            cap = self._model.softcap
+            row = row.div(cap).tanh().mul(cap) + self._bias.rows(torch.tensor([canvas.slot], device=self._device))[0]
         words = torch.frombuffer(bytearray(allowed), dtype=torch.int32).to(self._device)
         ids = torch.arange(self._vocab_size, device=self._device)
         banned = (words[ids >> 5] >> (ids & 31)) & 1 == 0
+        row.clamp_(min=torch.finfo(row.dtype).min)  # a request may ban what the constraint demands: that wins
         return int(row.masked_fill(banned, -torch.inf).argmax())
+
+    def logprobs(self, canvas: Canvas) -> tuple[TokenLogprobs, ...]:
+        """How likely the last pass found the ids of a canvas that asked and is done, and the likeliest, C entries."""
+        if canvas.steps == 0:  # pinned whole without one
+            return (TokenLogprobs(0.0, ()),) * len(canvas.result)
+        assert self._logits is not None and canvas.logprobs is not None, "there was a pass, and the canvas asked"
+        found = log_probabilities(self._logits[self._rows[canvas.slot]], self._model.softcap)
+        ids = torch.tensor(canvas.result, device=self._device)
+        own = found.gather(-1, ids[:, None])[:, 0].tolist()
+        values, indices = (part.tolist() for part in found.topk(min(canvas.logprobs, self._vocab_size), dim=-1))
+        return tuple(
+            TokenLogprobs(each, tuple(zip(which, what, strict=True)))
+            for each, which, what in zip(own, indices, values, strict=True)
+        )
 
     def passes_left(self, canvas: Canvas) -> int:
         """How many passes the schedule has left for this attempt."""
-        return self._schedule.max_denoising_steps - canvas.passes
+        return canvas.schedule.max_denoising_steps - canvas.passes
 
     def finish(self, canvas: Canvas) -> None:
         """End a guided canvas: what was found last, pins included, is its result."""
@@ -192,41 +299,72 @@ class Denoiser:
         found = torch.where(self._pins[canvas.slot] < 0, self._best[canvas.slot], self._pins[canvas.slot])
         canvas.result = tuple(found.clamp(min=0).tolist())
 
-    def _update(self, logits: Tensor, active: Tensor, *, shaped: bool, pinned: bool) -> sampler.Verdict:
-        """What follows a pass, on the device. logits [n, C, V]; active int64 [n], the canvases' slots.
+    def _table(self, steps: int) -> Tensor:
+        """The temperature of each pass of a schedule of so many: float32 [steps]."""
+        if steps not in self._tables:
+            schedule = replace(self._schedule, max_denoising_steps=steps)
+            values = [sampler.temperature_at(step, schedule) for step in range(1, steps + 1)]
+            self._tables[steps] = torch.tensor(values, device=self._device)
+        return self._tables[steps]
 
-        `shaped` and `pinned` are known to the host: some row is drawn in another way, some position is held.
-        """
-        passes = self._passes[active]
+    def _pass(self, plan: PassPlan, flags: Flags) -> None:
+        """All of a pass that happens on the device: reads the plan and the slots' state, changes that state only."""
+        slots = plan.slots
+        if not slots.shape[0]:
+            self._model.forward(plan, None, None)
+            return
+        logits = self._model.forward(plan, self._ids[slots], None if self._soft is None else self._soft[slots])
+        assert logits is not None, "there were canvases"
+        self._outputs[plan.layout, flags] = logits
+        draw, pins = self._draw(slots, shaped=flags.shaped), self._pins[slots] if flags.pinned else None
+        found = []
+        for index, rows in enumerate(logits):  # one after the other: the probabilities of one canvas are 134 MB
+            slot = slots[index : index + 1]
+            if flags.penalised:
+                rows = self._bias.penalise(rows, slot, self._ids[slot], self._kept[slot], self._model.softcap)
+            own = _rows_of(draw, index, self._canvas_length)
+            reading = self._model.read(rows, replace(own, bias=self._bias.rows(slot)) if flags.biased else own)
+            soft = self._model.embed_soft(reading.probabilities)
+            if pins is not None:
+                reading = sampler.hold(reading, pins[index])
+                soft = torch.where(pins[index, :, None] < 0, soft, self._model.embed(pins[index].clamp(min=0)))
+            if self._soft is None:
+                self._soft = soft.new_zeros(*self._ids.shape, soft.shape[-1])
+            self._soft[slot] = soft
+            found.append((reading.best, reading.entropy, reading.drawn))
+        self._update(slots, *(torch.stack(parts) for parts in zip(*found, strict=True)))
+
+    def _draw(self, slots: Tensor, *, shaped: bool) -> Draw:
+        """How the rows [n * C] of the slots' canvases are to be read."""
+        passes = self._passes[slots]
 
         def rows(values: Tensor) -> Tensor:
             return values.repeat_interleave(self._canvas_length)
 
-        draw = Draw(
-            temperature=rows(self._temperatures[passes]),
-            request_temperature=rows(self._request_temperature[active]),
-            top_k=rows(self._top_k[active]),
-            top_p=rows(self._top_p[active]),
-            uniforms=self._uniforms[active, passes + 1].flatten(),
+        return Draw(
+            temperature=rows(self._temperatures[slots, passes]),
+            request_temperature=rows(self._request_temperature[slots]),
+            top_k=rows(self._top_k[slots]),
+            top_p=rows(self._top_p[slots]),
+            min_p=rows(self._min_p[slots]),
+            uniforms=self._uniforms[slots, passes + 1].flatten(),
             shaped=shaped,
         )
-        reading = self._model.read(logits.flatten(0, 1), draw)
-        if pinned:
-            reading = sampler.hold(reading, self._pins[active].flatten())
-        by_canvas = (len(active), self._canvas_length)
-        best, entropy = reading.best.view(by_canvas), reading.entropy.view(by_canvas)
-        verdict = sampler.judge(best, entropy, self._best[active], self._unchanged[active], self._schedule)
-        kept = sampler.accept(entropy, self._schedule.entropy_bound)
-        self._ids[active] = torch.where(kept, reading.drawn.view(by_canvas), self._noise_ids[active, passes + 1])
-        self._best[active] = best
-        self._entropy[active] = entropy
-        self._unchanged[active] = verdict.unchanged
-        self._passes[active] = passes + 1
-        if self._probabilities is None:
-            sizes = (self._ids.shape[0], *logits.shape[1:])
-            self._probabilities = torch.zeros(sizes, dtype=reading.probabilities.dtype, device=self._device)
-        self._probabilities[active] = reading.probabilities.view_as(logits)
-        return verdict
+
+    def _update(self, slots: Tensor, best: Tensor, entropy: Tensor, drawn: Tensor) -> None:
+        """The state of the slots int [n] after a pass that found best, entropy and drawn [n, C]."""
+        passes = self._passes[slots]
+        verdict = sampler.judge(
+            best, entropy, self._best[slots], self._unchanged[slots], self._confidence[slots], self._stability[slots]
+        )
+        kept = sampler.accept(entropy, self._entropy_bound[slots])
+        self._kept[slots] = kept
+        self._ids[slots] = torch.where(kept, drawn, self._noise_ids[slots, passes + 1])
+        self._best[slots] = best
+        self._entropy[slots] = entropy
+        self._unchanged[slots] = verdict.unchanged
+        self._passes[slots] = passes + 1
+        self._finished[:, : len(slots)] = torch.stack((verdict.done, verdict.finite))
 
     def _advance(self, canvas: Canvas, *, done: bool, finite: bool) -> None:
         """The host's side of the same."""
@@ -240,7 +378,7 @@ class Denoiser:
         elif done:
             canvas.state = "done"
             canvas.result = tuple(self._best[canvas.slot].tolist())
-        elif canvas.passes == self._schedule.max_denoising_steps:
+        elif canvas.passes == canvas.schedule.max_denoising_steps:
             if canvas.attempt + 1 == ATTEMPTS:
                 canvas.state = "unconverged"
                 return
@@ -255,14 +393,31 @@ class Denoiser:
             canvas.sampling.seed,
             canvas=canvas.index,
             attempt=canvas.attempt,
-            passes=self._schedule.max_denoising_steps,
+            passes=canvas.schedule.max_denoising_steps,
             canvas_length=self._canvas_length,
             vocab_size=self._vocab_size,
             device=self._device,
         )
-        self._noise_ids[slot], self._uniforms[slot] = noise.ids, noise.uniforms
+        rows = slice(canvas.schedule.max_denoising_steps + 1)
+        self._noise_ids[slot, rows], self._uniforms[slot, rows] = noise.ids, noise.uniforms
         self._ids[slot] = torch.where(self._pins[slot] < 0, noise.ids[0], self._pins[slot])
         self._best[slot] = -1
         self._passes[slot] = self._unchanged[slot] = 0
-        if self._probabilities is not None:
-            self._probabilities[slot] = 0
+        self._kept[slot] = False
+        if self._soft is not None:
+            self._soft[slot] = 0
+
+
+def _rows_of(draw: Draw, index: int, length: int) -> Draw:
+    """The rows of canvas number `index`."""
+    rows = slice(index * length, (index + 1) * length)
+    return replace(
+        draw,
+        temperature=draw.temperature[rows],
+        request_temperature=draw.request_temperature[rows],
+        top_k=draw.top_k[rows],
+        top_p=draw.top_p[rows],
+        min_p=draw.min_p[rows],
+        uniforms=draw.uniforms[rows],
+        bias=None if draw.bias is None else draw.bias[index : index + 1],
+    )

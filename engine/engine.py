@@ -13,13 +13,15 @@ positions, but are neither delivered nor committed, so no memory is needed for t
 from __future__ import annotations
 
 import logging
-import math
 import time
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from engine.assemble import assemble, choose_kernels
+from engine.check_request import check_request
 from engine.checkpoint import plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
 from engine.constrain import Guide
@@ -34,14 +36,11 @@ from engine.interface import (
     GenerationRequest,
 )
 from engine.kv_cache import KVCache, KVPool
-from engine.model.gemma4 import DiffusionGemma
 from engine.options import (
-    OP_SETS,
     check_options,
     choose_context,
     choose_device,
     choose_dtype,
-    choose_kernels,
     require_fit,
 )
 from engine.scheduler import CommitChunk, Scheduler, Slot
@@ -58,10 +57,12 @@ class Seat:
     cache: KVCache
     canvas: Canvas | None = None
     guide: Guide | None = None  # of a constrained reply, from its first canvas on
+    said: Counter[int] = field(default_factory=Counter)  # ids of the reply's canvases so far, for penalties
 
     def clear(self) -> None:
         self.cache.reset()
         self.canvas = self.guide = None
+        self.said.clear()
 
 
 class DiffusionEngine:
@@ -90,6 +91,7 @@ class DiffusionEngine:
             canvas_length=info.canvas_length,
             vocab_size=info.vocab_size,
             device=self._device,
+            graphs=info.kernels == "triton",
         )
         self._scheduler = Scheduler(
             slots=len(caches),
@@ -108,7 +110,7 @@ class DiffusionEngine:
         check_options(options)
         device = choose_device(options.device)
         dtype = choose_dtype(options.dtype, device)
-        kernels = choose_kernels(options.kernels)
+        kernels = choose_kernels(options.kernels, device, dtype)
         plan = plan_checkpoint(options.model, choose(options.quantize, options.quantize_dense))
         config, schedule = plan.config, plan.generation
         require_fit(plan, options, device, dtype)
@@ -146,7 +148,7 @@ class DiffusionEngine:
             info.load_seconds,
         )
         return cls(
-            DiffusionGemma(config, checkpoint.tensors, OP_SETS[kernels], pool),
+            assemble(config, checkpoint.tensors, pool, kernels),
             pool.slots,
             schedule,
             info,
@@ -203,8 +205,7 @@ class DiffusionEngine:
         commits = []
         try:
             if chunk is not None:
-                ids = torch.tensor(chunk.token_ids, dtype=torch.int64, device=self._device)
-                commits.append((ids, self._seats[chunk.slot].cache))
+                commits.append((chunk.token_ids, self._seats[chunk.slot].cache))
             canvases = [self._open_canvas(slot) for slot in ready]
             # what a constraint leaves no choice about needs no pass
             running = [(slot, canvas) for slot, canvas in zip(ready, canvases, strict=True) if canvas.state == "open"]
@@ -228,9 +229,16 @@ class DiffusionEngine:
             return seat.canvas
         request = reply.request
         if request.constraint is not None and seat.guide is None:
-            seat.guide = Guide(request.constraint, self._denoiser, self._schedule, self._info.canvas_length)
-        guided = seat.guide is not None
-        seat.canvas = self._denoiser.open(slot.index, request.sampling, index=reply.canvases, guided=guided)
+            seat.guide = Guide(request.constraint, self._denoiser, self._info.canvas_length)
+        seat.canvas = self._denoiser.open(
+            slot.index,
+            request.sampling,
+            index=reply.canvases,
+            schedule=request.schedule,
+            logprobs=request.logprobs,
+            said=seat.said,
+            guided=seat.guide is not None,
+        )
         if seat.guide is not None:
             seat.guide.begin(seat.canvas)
         return seat.canvas
@@ -252,7 +260,10 @@ class DiffusionEngine:
         if canvas.state == "open":
             return
         if canvas.state == "done":
-            self._scheduler.deliver(slot, canvas.result, canvas.steps)
+            logprobs = () if canvas.logprobs is None else self._denoiser.logprobs(canvas)
+            if canvas.penalised:
+                self._seats[slot.index].said.update(canvas.result)
+            self._scheduler.deliver(slot, canvas.result, canvas.steps, logprobs)
         elif canvas.state == "unconverged":
             logger.warning("canvas %d did not converge in %d steps; the reply ends", canvas.index, canvas.steps)
             self._scheduler.fail(
@@ -299,24 +310,3 @@ class DiffusionEngine:
     def _require_open(self) -> None:
         if self._closed:
             raise EngineError("the engine is closed")
-
-
-def check_request(request: GenerationRequest, vocab_size: int) -> None:
-    """Raise EngineError, naming the field, for a request that no engine could serve."""
-    sampling = request.sampling
-    problems = {
-        "prompt_ids is empty": not request.prompt_ids,
-        f"prompt_ids has an id outside 0..{vocab_size - 1}": any(
-            not 0 <= token_id < vocab_size for token_id in request.prompt_ids
-        ),
-        f"max_tokens must be at least 1, not {request.max_tokens}": request.max_tokens < 1,
-        f"seed must be in 0..2**64-1, not {sampling.seed}": not 0 <= sampling.seed < 2**64,
-        f"temperature must be 0 or more and finite, not {sampling.temperature}": not (
-            math.isfinite(sampling.temperature) and sampling.temperature >= 0
-        ),
-        f"top_k must be 0 or more, not {sampling.top_k}": sampling.top_k < 0,
-        f"top_p must be in 0..1, not {sampling.top_p}": not 0 <= sampling.top_p <= 1,
-    }
-    for problem, found in problems.items():
-        if found:
-            raise EngineError(problem)

@@ -7,7 +7,7 @@ the server speaks text, never tensors. Invariant: every accepted request ends in
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -40,13 +40,36 @@ class QueueFull(EngineError):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How one request draws. Shapes only the draw at each position; acceptance, stopping and
-    self-conditioning keep the checkpoint's schedule (design decision 8)."""
+    """How one request draws. The first five shape only the draw at each position; acceptance, stopping and
+    self-conditioning keep the schedule (design decision 8).
+
+    The last three change what the model finds, its argmax included: they are added to the logits (softcapped, at
+    temperature 1) of every pass. Penalties count the ids of the reply committed so far and, at each position of a
+    canvas, the accepted positions before it; ids that end a reply, and what fills a canvas behind one, never count.
+    """
 
     seed: int  # 0 <= seed < 2**64
     temperature: float = 1.0  # multiplies the schedule's temperature; 0 = argmax
     top_k: int = 0  # 0 = off
     top_p: float = 1.0  # 1 = off
+    min_p: float = 0.0  # share of the likeliest id's probability; 0 = off
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (id, nats); -100 bans it
+    presence_penalty: float = 0.0  # nats off an id that has occurred
+    frequency_penalty: float = 0.0  # nats off for each time it has
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How one request's canvases are denoised; None = as the checkpoint says."""
+
+    max_denoising_steps: int | None = None  # passes a canvas may take, 1..MAX_DENOISING_STEPS
+    entropy_bound: float | None = None  # nats: positions are accepted while their entropies add up to no more
+    confidence_threshold: float | None = None  # nats: a canvas is done when its mean entropy is below
+    stability_threshold: int | None = None  # and its argmax has stayed the same for so many passes
+
+
+MAX_DENOISING_STEPS = 256
+MAX_LOGPROBS = 20
 
 
 class Constraint(Protocol):
@@ -86,6 +109,8 @@ class GenerationRequest:
     prompt_ids: tuple[int, ...]
     max_tokens: int
     sampling: Sampling
+    schedule: Schedule = field(default_factory=Schedule)
+    logprobs: int | None = None  # how many likeliest ids to report at each position, 0..MAX_LOGPROBS; None = nothing
     constraint: Constraint | None = None
 
 
@@ -101,6 +126,18 @@ class Usage:
     redrawn_canvases: int = 0
 
 
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """How likely the model found one delivered id, and the likeliest ids there, in nats.
+
+    Read off the pass that finished the canvas: softcapped logits at temperature 1, over the whole vocabulary, before
+    any bias or penalty.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()  # (id, logprob), likeliest first
+
+
 @dataclass(frozen=True, kw_only=True)
 class CanvasDone:
     """A finished canvas. `token_ids` are final: cut before the eos id and at max_tokens, never retracted."""
@@ -109,6 +146,7 @@ class CanvasDone:
     index: int  # 0-based canvas number within the reply
     token_ids: tuple[int, ...]
     steps: int
+    logprobs: tuple[TokenLogprobs, ...] = ()  # one for each of `token_ids`, if the request asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +212,7 @@ class EngineOptions:
     model: str  # folder or hub id
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     dtype: str = "auto"  # auto (float32 on cpu, bfloat16 on cuda) | float32 | bfloat16
-    kernels: str = "auto"  # auto | reference
+    kernels: str = "auto"  # auto (triton on a GPU in bfloat16) | reference | triton
     context_length: int | None = None  # None = the checkpoint's, as far as memory goes
     max_waiting: int = 64  # bound of the waiting queue
     quantize: str | None = None  # fp8 | nvfp4 | int4: quantise a bf16 checkpoint while loading

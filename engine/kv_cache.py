@@ -83,6 +83,10 @@ class KVPool:
             self.values.append(torch.zeros(shape, device=device, dtype=dtype))
 
     @property
+    def device(self) -> torch.device:
+        return self.keys[0].device
+
+    @property
     def bytes(self) -> int:
         """Bytes allocated."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))

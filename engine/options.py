@@ -13,11 +13,9 @@ import torch
 from engine.checkpoint import CheckpointPlan
 from engine.config import ModelConfig
 from engine.interface import EngineError, EngineOptions
-from engine.kernels.reference import REFERENCE
 from engine.memory_plan import MIN_CONTEXT, plan_memory, plans, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-OP_SETS = {"reference": REFERENCE}
 CUDA_RESERVE = 2 * 2**30  # bytes left for activations and logits when the context is sized to the memory
 
 
@@ -56,15 +54,6 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in DTYPES:
         raise EngineError(f"unknown dtype {name!r}; choose auto, {' or '.join(DTYPES)}")
     return DTYPES[name]
-
-
-def choose_kernels(name: str) -> str:
-    """`auto` or the name of an op set."""
-    if name == "auto":
-        return "reference"
-    if name not in OP_SETS:
-        raise EngineError(f"unknown kernels {name!r}; choose auto or {' or '.join(OP_SETS)}")
-    return name
 
 
 def choose_context(asked: int | None, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:

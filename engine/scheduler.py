@@ -21,6 +21,7 @@ from engine.interface import (
     GenerationRequest,
     QueueFull,
     RequestTooLong,
+    TokenLogprobs,
     Usage,
 )
 
@@ -159,12 +160,20 @@ class Scheduler:
         reply.denoise_steps += 1
         reply.redrawn_canvases += redrawn
 
-    def deliver(self, slot: Slot, token_ids: tuple[int, ...], steps: int) -> None:
+    def deliver(
+        self, slot: Slot, token_ids: tuple[int, ...], steps: int, logprobs: tuple[TokenLogprobs, ...] = ()
+    ) -> None:
         """A canvas converged: deliver what belongs to the reply, then end it or queue the canvas for commit."""
         reply = self._reply(slot)
         delivered, stop_id = cut(token_ids, self._eos_ids, reply.room)
         self._events.append(
-            CanvasDone(request_id=reply.request.id, index=reply.canvases, token_ids=delivered, steps=steps)
+            CanvasDone(
+                request_id=reply.request.id,
+                index=reply.canvases,
+                token_ids=delivered,
+                steps=steps,
+                logprobs=logprobs[: len(delivered)],
+            )
         )
         used = len(delivered) + (stop_id is not None)
         reply.canvases += 1

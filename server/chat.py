@@ -17,8 +17,9 @@ from engine import CanvasDone, Constraint, Event, Finished, GenerationRequest, Q
 from server import errors, tool_schema
 from server.bridge import Bridge, EngineUnavailable
 from server.errors import ApiError
-from server.exchange import ChatTask, ChoiceDone, Delta, FinishReason, ReplyDone, StreamItem, ToolCall
+from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta, FinishReason, ReplyDone, StreamItem, ToolCall
 from server.grammar import held, needs_grammar
+from server.likelihoods import Likelihoods
 from server.output_parser import OutputParser, Parsed, StopStrings
 from server.prompt import Prompt, PromptRenderer, PromptTooLong
 from server.structure import Structures
@@ -37,6 +38,7 @@ class FoldedChoice:
     tool_calls: tuple[ToolCall, ...]
     finish_reason: FinishReason
     stop_string: str | None = None
+    logprobs: tuple[ContentToken, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ class ChatService:
                 running,
                 stack.pop_all(),
                 model=task.model or self.model_names[0],
+                logprobs=task.logprobs,
                 prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
                 began=began,
             )
@@ -128,6 +131,10 @@ class ChatService:
         left = self.bridge.info.context_length - len(prompt.ids)
         if left < 1:
             raise self._too_long(task, len(prompt.ids), self.bridge.info.context_length)
+        for token_id, _ in task.logit_bias:
+            if token_id >= self.bridge.info.vocab_size:
+                message = f"'logit_bias' has a token id outside 0..{self.bridge.info.vocab_size - 1}: {token_id}"
+                raise errors.invalid(message, param="logit_bias")
         return [
             GenerationRequest(
                 id="",  # numbered by the caller
@@ -135,8 +142,17 @@ class ChatService:
                 # A limit above what is left is no mistake: many clients send a generous one unasked.
                 max_tokens=left if task.max_tokens is None else min(left, task.max_tokens),
                 sampling=Sampling(
-                    seed=(seed + index) % 2**64, temperature=task.temperature, top_k=task.top_k, top_p=task.top_p
+                    seed=(seed + index) % 2**64,
+                    temperature=task.temperature,
+                    top_k=task.top_k,
+                    top_p=task.top_p,
+                    min_p=task.min_p,
+                    logit_bias=task.logit_bias,
+                    presence_penalty=task.presence_penalty,
+                    frequency_penalty=task.frequency_penalty,
                 ),
+                schedule=task.schedule,
+                logprobs=task.logprobs,
             )
             for index in range(task.choices)
         ]
@@ -166,19 +182,30 @@ class _Choice:
         self._most_calls = None if task.parallel_tool_calls else 1
         self._named_tool = task.named_tool
         self._calls = 0
+        self._likelihoods = None if task.logprobs is None else Likelihoods(prompts)
 
     @property
     def satisfied(self) -> bool:
         """True when nothing the engine may still produce would be shown."""
         return self._stop.hit or self.parser.ended or self._calls == self._most_calls
 
-    def canvas(self, token_ids: Sequence[int]) -> Delta | None:
+    def canvas(self, done: CanvasDone) -> Delta | None:
         """What a canvas adds; None when all of it is held back."""
         if self.satisfied:
             return None
-        for token_id in token_ids:
-            self.parser.push(self._detokenizer.push(token_id))
-        return self._delta(self.parser.take())
+        if self._likelihoods is None:
+            for token_id in done.token_ids:
+                self.parser.push(self._detokenizer.push(token_id))
+            return self._delta(self.parser.take())
+        whole = Parsed()
+        for token_id, found in zip(done.token_ids, done.logprobs, strict=True):
+            pieces = self._detokenizer.push(token_id)
+            self._likelihoods.push(token_id, found, pieces)
+            self.parser.push(pieces)
+            part = self.parser.take()
+            self._likelihoods.parsed(len(part.content))
+            whole = whole + part
+        return self._delta(whole)
 
     @property
     def stop_string(self) -> str | None:
@@ -191,8 +218,13 @@ class _Choice:
             return None
         if self._calls == self._most_calls:
             return self._delta(Parsed(), last=True)
-        self.parser.push(self._detokenizer.finish())
-        return self._delta(self.parser.finish(complete=complete), last=True)
+        pieces = self._detokenizer.finish()
+        self.parser.push(pieces)
+        parsed = self.parser.finish(complete=complete)
+        if self._likelihoods is not None:
+            self._likelihoods.finish(pieces)
+            self._likelihoods.parsed(len(parsed.content))
+        return self._delta(parsed, last=True)
 
     def finish_reason(self, finished: Finished) -> FinishReason:
         """The one place where the reason is decided. Raises ApiError when the engine gave up."""
@@ -218,7 +250,13 @@ class _Choice:
         self._calls += len(numbered)
         if not (parsed.reasoning or content or numbered):
             return None
-        return Delta(choice=self.index, reasoning=parsed.reasoning, content=content, tool_calls=numbered)
+        return Delta(
+            choice=self.index,
+            reasoning=parsed.reasoning,
+            content=content,
+            tool_calls=numbered,
+            logprobs=() if self._likelihoods is None else self._likelihoods.take(len(content)),
+        )
 
 
 def _read_by(task: ChatTask) -> dict[str, tool_schema.Json] | None:
@@ -256,6 +294,7 @@ class Reply:
     _running: list[_Running]
     _stack: AsyncExitStack
     model: str = field(kw_only=True)
+    logprobs: int | None = field(default=None, kw_only=True)  # as in ChatTask
     prompt_tokens: int = field(kw_only=True)  # of all prompts together
     began: float = field(kw_only=True)
     created: int = field(default_factory=lambda: int(time.time()), kw_only=True)
@@ -284,7 +323,7 @@ class Reply:
             async for running, event in events:
                 choice = running.choice
                 if isinstance(event, CanvasDone):
-                    delta = choice.canvas(event.token_ids)
+                    delta = choice.canvas(event)
                     if choice.satisfied:
                         self._bridge.cancel(running.request.id)
                 else:
@@ -340,16 +379,18 @@ async def fold(items: AsyncIterator[StreamItem], choices: int) -> Folded:
     calls: list[tuple[ToolCall, ...]] = [()] * choices
     reasons: list[FinishReason] = ["stop"] * choices
     stops: list[str | None] = [None] * choices
+    logprobs: list[tuple[ContentToken, ...]] = [()] * choices
     done: ReplyDone | None = None
     async for item in items:
         if isinstance(item, Delta):
             reasoning[item.choice] += item.reasoning
             content[item.choice] += item.content
             calls[item.choice] += item.tool_calls
+            logprobs[item.choice] += item.logprobs
         elif isinstance(item, ChoiceDone):
             reasons[item.choice], stops[item.choice] = item.finish_reason, item.stop_string
         else:
             done = item
     assert done is not None, "a stream ends with ReplyDone"
-    folded = zip(reasoning, content, calls, reasons, stops, strict=True)
+    folded = zip(reasoning, content, calls, reasons, stops, logprobs, strict=True)
     return Folded(tuple(FoldedChoice(*parts) for parts in folded), done)

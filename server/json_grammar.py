@@ -18,6 +18,7 @@ from server.automaton import BadGrammar
 
 Json = dict[str, Any]
 
+LARGEST_INTEGER = 9 * 10**18  # digits without end are no answer either; all that fits 64 bits has room
 MAX_CHARACTERS = 500_000
 MAX_DEPTH = 60  # schemas within schemas
 MAX_PROPERTIES = 1_000  # of one object: compiling takes more than the square of their number
@@ -58,6 +59,11 @@ def _prepared(node: Any, depth: int) -> Any:
         del result["uniqueItems"]
     if isinstance(result.get("format"), str) and result["format"] not in FORMATS:
         del result["format"]
+    if result.get("type") == "integer" and not result.keys() & {"enum", "const", "multipleOf"}:
+        if not result.keys() & {"minimum", "exclusiveMinimum"}:
+            result["minimum"] = -LARGEST_INTEGER
+        if not result.keys() & {"maximum", "exclusiveMaximum"}:
+            result["maximum"] = LARGEST_INTEGER
     _check_counts(result)
     for key, value in _children(result):
         result[key] = value(depth + 1)

@@ -31,6 +31,9 @@ class Parsed:
     content: str = ""
     calls: list[ParsedCall] = field(default_factory=list)
 
+    def __add__(self, after: Parsed) -> Parsed:
+        return Parsed(self.reasoning + after.reasoning, self.content + after.content, self.calls + after.calls)
+
 
 class OutputParser:
     """Parser state of one reply.

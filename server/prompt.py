@@ -239,6 +239,21 @@ class PromptRenderer:
         pieces = [piece for token_id in ids for piece in detokenizer.push(token_id)] + detokenizer.finish()
         return "".join(piece.name if isinstance(piece, Marker) else piece for piece in pieces)
 
+    def spelling(self, token_id: int) -> tuple[str, bytes | None]:
+        """A token as OpenAI's logprobs show it, and the bytes it spells: None for a control token.
+
+        A token that is a part of a character is shown as an escape.
+        """
+        name = self._tokenizer.id_to_token(token_id)
+        if name is None or token_id in self.control.names or _NEVER_TEXT.fullmatch(name):
+            return name or "", None
+        byte = _BYTE_TOKEN.fullmatch(name)
+        if byte:
+            value = int(byte[1], 16)
+            return (chr(value) if value < 128 else f"\\x{value:02x}"), bytes([value])
+        text = self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return text, text.encode()
+
     def encode(self, text: str) -> list[int]:
         """Tokenise plain text; whatever it contains, no id of a control token comes out."""
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids

@@ -24,6 +24,7 @@ from engine import (
     GenerationRequest,
     QueueFull,
     RequestTooLong,
+    TokenLogprobs,
     Usage,
 )
 
@@ -156,6 +157,14 @@ class _Running:
     steps: int = 0
 
 
+def _logprobs(ids: Sequence[int], top: int | None) -> tuple[TokenLogprobs, ...]:
+    """Half of the probability for what is said, and ever smaller shares for the ids from 105 on."""
+    if top is None:
+        return ()
+    others = [(105 + place, -2.0 - place) for place in range(top)]
+    return tuple(TokenLogprobs(-0.75, tuple([(token_id, -0.75), *others][:top])) for token_id in ids)
+
+
 @dataclass
 class FakeEngine:
     """Plays scripts, one request at a time, one `step` per denoise pass, each call on one and the same thread."""
@@ -242,7 +251,13 @@ class FakeEngine:
         ids = tuple(said.canvases[running.canvas])[:left]
         running.tokens += len(ids)
         events: list[Event] = [
-            CanvasDone(request_id=running.request.id, index=running.canvas, token_ids=ids, steps=running.step)
+            CanvasDone(
+                request_id=running.request.id,
+                index=running.canvas,
+                token_ids=ids,
+                steps=running.step,
+                logprobs=_logprobs(ids, running.request.logprobs),
+            )
         ]
         running.canvas += 1
         running.step = 0

@@ -181,7 +181,8 @@ def _tool(r: random.Random) -> Task:
 def _toolresult(r: random.Random) -> Task:
     t = draw_task(r)
     after = result_of(f"call_{r.randrange(1000)}", t)
-    return Task(t.question, "The tool has answered.", (*t.key, t.result), (t.answer,), after=after, tools=t.tools)
+    key = None if t.key is None else (*t.key, t.result)
+    return Task(t.question, "The tool has answered.", key, (t.answer,), after=after, tools=t.tools)
 
 
 def _memory(r: random.Random) -> Task:
@@ -279,8 +280,8 @@ _FAMILIES: dict[str, Callable[[random.Random], Task]] = {
     "toolresult": _toolresult, "memory": _memory, "story": _story, "chat": _chat, "other": _other,
 }  # fmt: skip
 FAMILIES = tuple(_FAMILIES)
-WEIGHTS = {"add": 9, "sub": 9, "capital": 5, "sort": 14, "reverse": 8, "json": 8, "tool": 14, "toolresult": 8,
-           "memory": 6, "story": 28, "chat": 12, "other": 9}  # fmt: skip
+WEIGHTS = {"add": 11, "sub": 9, "capital": 7, "sort": 24, "reverse": 8, "json": 9, "tool": 16, "toolresult": 11,
+           "memory": 6, "story": 26, "chat": 13, "other": 9}  # fmt: skip
 _SYSTEM = (
     "You are a helpful assistant.", "You are a helpful AI assistant.", "Be brief.", "Answer the question.",
     "Be polite.",

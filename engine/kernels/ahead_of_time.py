@@ -20,11 +20,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import experts, linears, routing
+from engine.kernels import attention, experts, linears, norms, routing
 from engine.kernels.catalog import KernelCase
-from engine.kernels.grouped import SHARED_LIMIT
+from engine.kernels.chips import SHARED_LIMIT
 
-MODULES: tuple[Callable[[], list[KernelCase]], ...] = (routing.cases, experts.cases, linears.cases)
+MODULES: tuple[Callable[[], list[KernelCase]], ...] = (
+    routing.cases,
+    experts.cases,
+    linears.cases,
+    attention.cases,
+    norms.cases,
+)
 CHIPS = tuple(SHARED_LIMIT)
 
 

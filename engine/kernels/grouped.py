@@ -23,8 +23,6 @@ from engine.kernels.tiles import accumulate, gelu_tanh, load_x, rounded, row_fac
 from engine.kernels.weights import INT4_GROUP, NVFP4_GROUP, Fp8Weight, Int4Weight, Nvfp4Weight, Weight, shape
 
 FORMATS = ("plain", "fp8", "nvfp4", "int4")
-# Shared memory a program may have, in bytes.
-SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, 121: 101376}
 # What one program should need: two fit a multiprocessor of 227 KiB, so that one computes while the other waits.
 SHARED_AIM = 98304
 ROW_TILES = (32, 64, 128)  # 16 would suit only fewer rows than a canvas has, and gain little there

@@ -48,7 +48,7 @@ def qkv_norm_rope_write(
 
     heads [R, H + 2K, D] holds q, k, v; or [R, H + K, D] where v is the raw k. qk_weight float32 [H + K, D].
     cos [R, D]; sin [R, D] with its first half negated, so that rotating is a swap of halves. Dtype of heads.
-    keys, values [pages, PAGE, K, D] are written at page * PAGE + offset = where, int64 [R], no two rows alike.
+    keys, values [pages, PAGE, K, D] are written at page * PAGE + offset = where, int32 [R], no two rows alike.
     """
     head_dim, kv_heads = keys.shape[3], keys.shape[2]
     count = qk_weight.shape[0]
@@ -101,14 +101,21 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView
 
 
 def join_attention(
-    x: Tensor, projected: Tensor, post_weight: Tensor, mlp_weight: Tensor, experts_weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """h = x + norm(projected) * post_weight, and norm(h) times each of the next two weights.
+    x: Tensor,
+    projected: Tensor,
+    post_weight: Tensor,
+    mlp_weight: Tensor,
+    experts_weight: Tensor,
+    router_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """h = x + norm(projected) * post_weight, and norm(h) times each of the next three weights.
 
-    x, projected [R, M]; weights float32 [M]. Returns h, the dense MLP's input and the experts' input, all [R, M].
+    x, projected [R, M]; weights float32 [M]. Returns h and the inputs of the dense MLP, the experts and the router
+    (which thus reads the residual, not what the experts read), all [R, M].
     """
     h = x + rms_norm(projected, post_weight, eps)
-    return h, rms_norm(h, mlp_weight, eps), rms_norm(h, experts_weight, eps)
+    return h, rms_norm(h, mlp_weight, eps), rms_norm(h, experts_weight, eps), rms_norm(h, router_weight, eps)
 
 
 def join_layer(
@@ -126,7 +133,7 @@ def join_layer(
     """The layer's output x = (h + norm(norm(mlp) + norm(routed))) * scalar, and what the next layer reads, norm(x).
 
     h, mlp, routed [R, M]; weights float32 [M], of the norms of mlp, of routed, of their sum and of x;
-    a row's scalar is scalars[mode], float32 [2] and int64 [R]. Returns both [R, M].
+    a row's scalar is scalars[mode], float32 [2] and int32 [R]. Returns both [R, M].
     """
     y = rms_norm(mlp, mlp_weight, eps) + rms_norm(routed, experts_weight, eps)
     # rounded first, as transformers multiplies by a scalar of the weights' dtype
@@ -139,14 +146,12 @@ def gated_mlp(x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     return linear(_gate(linear(x, gate_up)), down)
 
 
-def route(
-    x: Tensor, norm_weight: Tensor, projection: Tensor, expert_scale: Tensor, top_k: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Choose A = top_k experts a row. x [R, M], norm_weight float32 [M], projection [E, M], expert_scale float32 [E].
+def route(x: Tensor, projection: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Choose A = top_k experts a row. x [R, M], already normed; projection [E, M], expert_scale float32 [E].
 
     Returns weights float32 [R, A] (renormalised to 1, then times expert_scale) and expert ids int64 [R, A].
     """
-    scores = F.linear(rms_norm(x, norm_weight, eps), projection)
+    scores = F.linear(x, projection)
     best, experts = scores.float().softmax(dim=-1).topk(top_k, dim=-1)
     return best / best.sum(dim=-1, keepdim=True) * expert_scale[experts], experts
 
@@ -191,24 +196,32 @@ def _running(sizes: list[int]) -> list[tuple[int, int, int]]:
 
 @dataclass(frozen=True, kw_only=True)
 class Ops:
-    """One implementation of every op; the functions of this file say what each must compute."""
+    """One implementation of every op; the functions of this file say what each must compute.
+
+    `row_align`: the segments of an AttentionView must begin at multiples of it; rows between them fill up.
+    """
+
+    row_align: int
 
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
     linear: Callable[[Tensor, Weight], Tensor]
     qkv_norm_rope_write: Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor, Tensor, Tensor], Tensor]
     attention: Callable[[Tensor, Tensor, Tensor, AttentionView], Tensor]
-    join_attention: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor]]
+    join_attention: Callable[
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor, Tensor]
+    ]
     join_layer: Callable[
         [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]
     ]
     gated_mlp: Callable[[Tensor, Weight, Weight], Tensor]
-    route: Callable[[Tensor, Tensor, Tensor, Tensor, int, float], tuple[Tensor, Tensor]]
+    route: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
     experts: Callable[[Tensor, Tensor, Tensor, Weight, Weight], Tensor]
     read_logits: Callable[[Tensor, float, Draw], Reading]
     soft_embedding: Callable[[Tensor, Tensor, float], Tensor]
 
 
 REFERENCE = Ops(
+    row_align=1,
     rms_norm=rms_norm,
     linear=linear,
     qkv_norm_rope_write=qkv_norm_rope_write,

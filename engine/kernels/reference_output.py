@@ -3,10 +3,10 @@
 Knows rows of logits and how each row is to be drawn; no canvases, no schedule. Specification like `reference`.
 
 Invariant: a row's results do not depend on the other rows, to the bit. `scaled` below always means float32 logits
-[R, V], softcapped and divided by the schedule's temperature; a request's temperature, top_k and top_p reach nothing but
-the draw.
+[R, V], softcapped, with the bias added, divided by the schedule's temperature; a request's temperature, top_k, top_p
+and min_p reach nothing but the draw.
 
-Shapes: R rows, M hidden, V vocabulary.
+Shapes: R rows, n canvases, M hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,30 +25,39 @@ class Draw:
     request_temperature: Tensor  # float32 [R], multiplies the schedule's for the draw only; 0 = argmax
     top_k: Tensor  # int32 [R]; 0 = off
     top_p: Tensor  # float32 [R]; 1 = off
+    min_p: Tensor  # float32 [R]; 0 = off
     uniforms: Tensor  # float32 [R], in [0, 1)
-    shaped: bool  # known to the host: some row has a temperature other than 1, a top_k or a top_p
+    shaped: bool  # known to the host: some row has a temperature other than 1, a top_k, a top_p or a min_p
+    # float32 [n, V], n divides R: row r has bias[r // (R // n)] added to its softcapped logits, for all that is read.
+    # Finite, or -inf for an id that must not be: its probability is 0. A row of nothing else has no finite entropy.
+    bias: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Reading:
     """What one reading of the logits yields for each row."""
 
-    best: Tensor  # int64 [R], argmax
-    entropy: Tensor  # float32 [R], nats; not finite where a logit is not
+    best: Tensor  # int64 [R], argmax of `scaled`, so that a tie that the softcap's rounding makes is one; the lowest id
+    entropy: Tensor  # float32 [R], nats; not finite where a logit is not, and the row's other results then say nothing
     drawn: Tensor  # int64 [R]
     probabilities: Tensor  # [R, V] in the logits' dtype
 
 
 def read_logits(logits: Tensor, softcap: float, draw: Draw) -> Reading:
-    """Softcap, temperature, argmax, entropy, a draw and the probabilities of logits [R, V], as the head computes them.
+    """Softcap, bias, temperature, argmax, entropy, a draw and the probabilities of the head's logits [R, V].
 
     With g the gap of a logit to its row's best, H = sum(p * g) - log(p of the best): one exponential a logit, and a
     sum of terms that are never negative, so nothing cancels.
     """
-    scaled = logits.float().div(softcap).tanh_().mul_(softcap).div_(draw.temperature[:, None])
+    scaled = logits.float().div(softcap).tanh_().mul_(softcap)
+    if draw.bias is not None:
+        scaled.unflatten(0, (draw.bias.shape[0], -1)).add_(draw.bias[:, None])
+    scaled.div_(draw.temperature[:, None])
     probabilities = scaled.softmax(dim=-1)
     best = scaled.argmax(dim=-1, keepdim=True)
     gap = scaled.gather(-1, best) - scaled
+    if draw.bias is not None:
+        gap.clamp_(max=torch.finfo(gap.dtype).max)  # an id that must not be adds 0 times this, not 0 times infinity
     entropy = gap.mul_(probabilities).sum(dim=-1) - probabilities.gather(-1, best)[:, 0].log()
     entropy += logits.float().mul(0).sum(dim=-1)  # the softcap would hide an infinity: this makes the row's NaN
     return Reading(
@@ -57,6 +66,11 @@ def read_logits(logits: Tensor, softcap: float, draw: Draw) -> Reading:
         drawn=_draw(scaled, probabilities, best[:, 0], draw),
         probabilities=probabilities.to(logits.dtype),
     )
+
+
+def log_probabilities(logits: Tensor, softcap: float) -> Tensor:
+    """What the model itself finds, at temperature 1: float32 [R, V], nats, of the head's logits [R, V]."""
+    return logits.float().div(softcap).tanh_().mul_(softcap).log_softmax(dim=-1)
 
 
 def soft_embedding(probabilities: Tensor, embedding: Tensor, scale: float) -> Tensor:
@@ -70,8 +84,9 @@ def _draw(scaled: Tensor, probabilities: Tensor, best: Tensor, draw: Draw) -> Te
         return inverse_cdf(probabilities, draw.uniforms)
     greedy = draw.request_temperature == 0
     divisor = torch.where(greedy, 1.0, draw.request_temperature)
-    shaped = (scaled / divisor[:, None]).softmax(dim=-1)
-    shaped = keep_top_p(keep_top_k(shaped, draw.top_k), draw.top_p)
+    # less the best first: a temperature next to 0 would make infinities of both
+    shaped = (scaled - scaled.gather(-1, best[:, None])).div_(divisor[:, None]).softmax(dim=-1)
+    shaped = keep_min_p(keep_top_p(keep_top_k(shaped, draw.top_k), draw.top_p), draw.min_p)
     return torch.where(greedy, best, inverse_cdf(shaped, draw.uniforms))
 
 
@@ -108,6 +123,13 @@ def keep_top_p(probabilities: Tensor, p: Tensor) -> Tensor:
         stays = likelier.mul_(probabilities).sum(dim=-1, keepdim=True) < enough
         low, high = torch.where(stays, low, middle + 1), torch.where(stays, middle, high)
     return keep_from(probabilities, torch.where(p[:, None] < 1, high.view(torch.float32), 0.0))
+
+
+def keep_min_p(probabilities: Tensor, p: Tensor) -> Tensor:
+    """Zero what is less than share p [R] (float32) of the best of its row [R, V]."""
+    if bool((p <= 0).all()):
+        return probabilities
+    return keep_from(probabilities, p[:, None] * probabilities.amax(dim=-1, keepdim=True))
 
 
 def keep_from(probabilities: Tensor, least: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels.catalog import KernelCase
-from engine.kernels.reference import rms_norm
 from engine.kernels.tiles import widened
 
 SCAN = 1024  # choices read at once: one pass at 128 rows of 8, small enough to live in registers
@@ -132,11 +131,9 @@ def choose(scores: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Te
     return weights, chosen
 
 
-def route(
-    x: Tensor, norm_weight: Tensor, projection: Tensor, expert_scale: Tensor, top_k: int, eps: float
-) -> tuple[Tensor, Tensor]:
+def route(x: Tensor, projection: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """As `reference.route`."""
-    return choose(F.linear(rms_norm(x, norm_weight, eps), projection), expert_scale, top_k)
+    return choose(F.linear(x, projection), expert_scale, top_k)
 
 
 def cases() -> list[KernelCase]:

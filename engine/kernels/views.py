@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+NOWHERE = -1  # `where` of a row that only fills up
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -31,6 +33,7 @@ class AttentionView:
 
     segments: tuple[Segment, ...]
     low: Tensor  # int32 [R]
-    high: Tensor  # int32 [R]
+    high: Tensor  # int32 [R]; rows that only fill up see nothing: low = high = 0
+    segment: Tensor  # int32 [R]: the row's segment
     table: Tensor  # int32 [G, W]: page w of the segment's slot lies at this page of the pool; -1 where none is held
-    where: Tensor  # int64 [R]: page * PAGE + offset, where the row's own key and value are stored
+    where: Tensor  # int32 [R]: page * PAGE + offset, where the row's own key and value are stored, or NOWHERE

@@ -25,18 +25,28 @@ from engine.kernels.reference_output import Draw, Reading
 from engine.kernels.weights import Weight, plain
 from engine.kv_cache import KVCache, KVPool
 from engine.model.layers import Layer, Rope
-from engine.plan import PassPlan, plan_pass
+from engine.plan import PassPlan, Planner
 
 
 class DiffusionGemma:
     """The model on one device, in float32 or bfloat16, with the memory for its keys and values."""
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Weight], ops: Ops, pool: KVPool) -> None:
-        """`weights` as in `Checkpoint.tensors`; the embedding's device and dtype are the model's."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Weight],
+        ops: Ops,
+        pool: KVPool,
+        planner: Planner | None = None,
+    ) -> None:
+        """`weights` as in `Checkpoint.tensors`; the embedding's device and dtype are the model's. A `planner` of one's
+        own must align rows as the ops want them."""
         self.config = config
         self._ops = ops
         self.pool = pool
+        self._planner = planner or Planner(config, pool.device, row_align=ops.row_align)
         self._embedding = plain(weights["embedding"])
+        self._logits: Tensor | None = None
         # rounded to the weights' dtype first, as transformers does
         self._embedding_scale = torch.tensor(config.hidden_size**0.5).to(self.dtype).item()
         self._norm = plain(weights["norm"]).float()
@@ -50,6 +60,11 @@ class DiffusionGemma:
         self._ropes = {key: Rope(*key, self.device, self.dtype) for key in map(_rope_key, config.layers)}
 
     @property
+    def softcap(self) -> float:
+        """The bound of the logits' absolute value."""
+        return self.config.final_softcap
+
+    @property
     def device(self) -> torch.device:
         return self._embedding.device
 
@@ -57,56 +72,69 @@ class DiffusionGemma:
     def dtype(self) -> torch.dtype:
         return self._embedding.dtype
 
+    def plan(
+        self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[tuple[int, KVCache]]
+    ) -> PassPlan:
+        """`Planner.plan` for this model."""
+        return self._planner.plan(commits, canvases)
+
     @torch.inference_mode()
+    def forward(self, plan: PassPlan, canvas: Tensor | None, soft: Tensor | None) -> Tensor | None:
+        """One pass: commit the plan's ids and denoise its canvases.
+
+        canvas int [n, C], or None to commit only; soft [n, C, M], what `embed_soft` made of the step before, zeros for
+        a canvas' first step; None if it is the first of all. Returns the head's logits [n, C, V] in the model's dtype,
+        neither softcapped nor divided by a temperature: `read` does that. The next pass overwrites them. The caches
+        advance by `plan.advance()`.
+        """
+        rows = [self.embed(plan.ids)] if plan.layout.commit_rows else []
+        if canvas is not None:
+            rows.append(self._filled(self._self_condition(self.embed(canvas), soft)))
+        hidden = self._stack(torch.cat(rows) if len(rows) > 1 else rows[0], plan)
+        if canvas is None:
+            return None
+        count, length = canvas.shape
+        hidden = hidden.view(count, -1, hidden.shape[-1])[:, :length]
+        if self._logits is None or len(self._logits) < count:
+            self._logits = hidden.new_empty(max(count, len(self.pool.slots)), length, len(self._embedding))
+        logits = self._logits[:count]  # the same memory for every pass: 134 MB a canvas
+        torch.mm(hidden.flatten(0, 1), self._embedding.t(), out=logits.view(count * length, -1))
+        return logits
+
+    @torch.inference_mode()
+    def read(self, logits: Tensor, draw: Draw) -> Reading:
+        """What the sampler needs of logits [R, V] from `forward`."""
+        return self._ops.read_logits(logits, self.config.final_softcap, draw)
+
+    @torch.inference_mode()
+    def embed_soft(self, probabilities: Tensor) -> Tensor:
+        """Self-conditioning's input: the expected embedding [R, M] under probabilities [R, V]."""
+        return self._ops.soft_embedding(probabilities, self._embedding, self._embedding_scale)
+
     def run(
         self,
         commits: Sequence[tuple[Tensor, KVCache]],
         canvas: Tensor | None,
-        probabilities: Tensor | None,
+        soft: Tensor | None,
         caches: Sequence[KVCache],
     ) -> Tensor | None:
-        """One pass: commit ids (int64 [T], T >= 1) to some slots and denoise the canvases of others, or of the same.
-
-        canvas int64 [S, C], or None to commit only; probabilities [S, C, V] of the step before, zeros for a canvas'
-        first step, None if it is the first of all; caches: the canvases' slots. Returns the head's logits [S, C, V] in
-        the model's dtype, neither softcapped nor divided by a temperature: `read` does that. Raises ValueError, with
-        the slots as they were, if ids do not fit a slot's capacity.
-        """
-        for ids, cache in commits:
-            if cache.length + ids.shape[0] > cache.capacity:
-                raise ValueError(f"{cache.length} + {ids.shape[0]} positions exceed the capacity of {cache.capacity}")
-        plan = plan_pass(
-            [(cache, ids.shape[0]) for ids, cache in commits],
-            caches,
-            canvas_length=self.config.canvas_length,
-            window=self.config.sliding_window,
-            device=self.device,
-        )
-        rows = [self._embed(ids) for ids, _ in commits]
-        if canvas is not None:
-            rows.append(self._self_condition(self._embed(canvas), probabilities).flatten(0, 1))
-        hidden = self._stack(torch.cat(rows), plan)
-        for ids, cache in commits:
-            cache.advance(ids.shape[0])
-        if canvas is None:
-            return None
-        return self._ops.linear(hidden, self._embedding).view(*canvas.shape, -1)
-
-    @torch.inference_mode()
-    def read(self, logits: Tensor, draw: Draw) -> Reading:
-        """What the sampler needs of logits [R, V] from `run`."""
-        return self._ops.read_logits(logits, self.config.final_softcap, draw)
+        """`plan`, `forward` and `advance` in one, for whoever has no slots: ids int [T], canvas [n, C], a cache each.
+        The logits are a copy."""
+        plan = self.plan([(ids.tolist(), cache) for ids, cache in commits], [(0, cache) for cache in caches])
+        logits = self.forward(plan, canvas, soft)
+        plan.advance()
+        return None if logits is None else logits.clone()
 
     def commit(self, ids: Tensor, cache: KVCache) -> None:
-        """Append ids (int64 [T], any T >= 0) to a slot, in chunks, so that memory does not grow with T squared."""
+        """Append ids (int [T], any T >= 0) to a slot, in chunks, so that memory does not grow with T squared."""
         if cache.length + ids.shape[0] > cache.capacity:
             raise ValueError(f"{cache.length} + {ids.shape[0]} positions exceed the capacity of {cache.capacity}")
         for chunk in ids.split(self.pool.chunk) if ids.shape[0] else ():
             self.run([(chunk, cache)], None, None, [])
 
-    def denoise(self, canvas: Tensor, probabilities: Tensor | None, caches: Sequence[KVCache]) -> Tensor:
+    def denoise(self, canvas: Tensor, soft: Tensor | None, caches: Sequence[KVCache]) -> Tensor:
         """`run` without anything to commit."""
-        logits = self.run([], canvas, probabilities, caches)
+        logits = self.run([], canvas, soft, caches)
         assert logits is not None, "there was a canvas"
         return logits
 
@@ -114,7 +142,7 @@ class DiffusionGemma:
         """All layers over the rows x [R, M]; the final norm of the canvases' rows [S * C, M]."""
         rope = {key: table.rows(plan.positions) for key, table in self._ropes.items()}
         normed = self._ops.rms_norm(x, self._layers[0].input_norm, self.config.rms_norm_eps)
-        only_commits = plan.commit_rows == x.shape[0]
+        only_commits = not plan.layout.canvases
         for index, layer in enumerate(self._layers):
             cached = self.pool.keys[index], self.pool.values[index]
             view = plan.views[layer.config.kind]
@@ -124,19 +152,24 @@ class DiffusionGemma:
                 break
             attended = layer.attend(normed, turns, cached, view)
             x, normed = layer.finish(x, attended, plan.modes, self._next_norms[index])
-        return normed[plan.commit_rows :]
+        return normed[plan.layout.commit_rows :]
 
-    def _embed(self, ids: Tensor) -> Tensor:
+    def embed(self, ids: Tensor) -> Tensor:
+        """Embeddings of ids int [...], scaled: [..., M]."""
         return F.embedding(ids, self._embedding) * self._embedding_scale
 
-    def _self_condition(self, x: Tensor, probabilities: Tensor | None) -> Tensor:
-        """x [S, C, M] -> [S, C, M]. The outer norm applies on the first step too; of zeros the MLP is zero."""
+    def _self_condition(self, x: Tensor, soft: Tensor | None) -> Tensor:
+        """x, soft [n, C, M] -> [n, C, M]. The outer norm applies on the first step too; of zeros the MLP is zero."""
         ops, eps = self._ops, self.config.rms_norm_eps
-        if probabilities is not None:
-            soft = ops.soft_embedding(probabilities.flatten(0, 1), self._embedding, self._embedding_scale)
-            conditioned = ops.gated_mlp(ops.rms_norm(soft, self._soft_norm, eps), self._soft_gate_up, self._soft_down)
-            x = x + conditioned.view_as(x)
+        if soft is not None:
+            normed = ops.rms_norm(soft.flatten(0, 1), self._soft_norm, eps)
+            x = x + ops.gated_mlp(normed, self._soft_gate_up, self._soft_down).view_as(x)
         return ops.rms_norm(x, None, eps)
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """Rows [n * C', M] of canvases x [n, C, M], C' the next multiple of the ops' row_align."""
+        fill = -x.shape[1] % self._ops.row_align
+        return (F.pad(x, (0, 0, 0, fill)) if fill else x).flatten(0, 1)
 
 
 def _rope_key(layer: LayerConfig) -> tuple[int, float, float]:

@@ -75,17 +75,17 @@ class Layer:
     def finish(self, x: Tensor, attended: Tensor, modes: Tensor, next_weight: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's output [R, M] and its norm times `next_weight`, from its input x and the attention's result."""
         ops, eps = self._ops, self._eps
-        h, mlp_input, experts_input = ops.join_attention(
+        h, mlp_input, experts_input, router_input = ops.join_attention(
             x,
             ops.linear(attended, self._out),
             self._post_attention_norm,
             self._pre_mlp_norm,
             self._pre_experts_norm,
+            self._router_norm,
             eps,
         )
         dense = ops.gated_mlp(mlp_input, self._gate_up, self._down)
-        # the router reads the raw residual, not what the experts read
-        weights, chosen = ops.route(h, self._router_norm, self._router, self._expert_scale, self._top_k, eps)
+        weights, chosen = ops.route(router_input, self._router, self._expert_scale, self._top_k)
         routed = ops.experts(experts_input, weights, chosen, self._expert_gate_up, self._expert_down)
         return ops.join_layer(
             h,
@@ -112,7 +112,7 @@ class Rope:
         self._dtype = dtype
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin [R, D] of positions int64 [R]; the first half of sin is negated (see `rope`)."""
+        """cos and sin [R, D] of positions int32 [R]; the first half of sin is negated (see `rope`)."""
         angles = positions[:, None].float() * self._frequencies  # [R, D / 2], float32 as in transformers
         cos, sin = angles.cos(), angles.sin()
         return torch.cat((cos, cos), dim=-1).to(self._dtype), torch.cat((-sin, sin), dim=-1).to(self._dtype)

@@ -35,25 +35,47 @@ def schedule(steps: int = 6, stability: int = 1, confidence: float = 0.005) -> G
 SOFTCAP = 1000.0  # so large that the scripts' logits pass as they are, but for rounding
 
 
+class ScriptedPlan:
+    """As much of a PassPlan as the loop looks at."""
+
+    def __init__(self, slots: Sequence[int]) -> None:
+        self.slots = torch.tensor(slots)
+        self.layout = len(slots)
+
+    def advance(self) -> None:
+        pass
+
+
 class ScriptedModel:
-    """Logits by a function of (pass number, canvas ids [C], probabilities [C, V]); remembers what it was given."""
+    """Logits by a function of (pass number, canvas ids [C], probabilities [C, V]); remembers what it was given.
+
+    Its embedding is the identity, so what it is conditioned on are the probabilities themselves."""
+
+    softcap = SOFTCAP
 
     def __init__(self, script: Callable[[int, Tensor, Tensor], Tensor]) -> None:
         self.script = script
         self.canvases: list[Tensor] = []
         self.probabilities: list[Tensor] = []
 
-    def run(
-        self, commits: Sequence[object], canvas: Tensor, probabilities: Tensor | None, caches: Sequence[object]
-    ) -> Tensor:
+    def plan(self, commits: Sequence[object], canvases: Sequence[tuple[int, object]]) -> ScriptedPlan:
         assert not commits
-        assert canvas.shape == (len(caches), C)
+        return ScriptedPlan([slot for slot, _ in canvases])
+
+    def forward(self, plan: ScriptedPlan, canvas: Tensor, soft: Tensor | None) -> Tensor:
+        assert canvas.shape == (len(plan.slots), C)
         assert canvas.dtype == torch.int64
-        given = torch.zeros(len(caches), C, V) if probabilities is None else probabilities
+        given = torch.zeros(len(plan.slots), C, V) if soft is None else soft
         self.canvases.append(canvas.clone())
         self.probabilities.append(given.clone())
         call = len(self.canvases) - 1
         return torch.stack([self.script(call, ids, soft) for ids, soft in zip(canvas, given, strict=True)])
+
+    def embed_soft(self, probabilities: Tensor) -> Tensor:
+        return probabilities
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(ids, V).float()
 
     def read(self, logits: Tensor, draw: Draw) -> Reading:
         return read_logits(logits, SOFTCAP, draw)
@@ -99,11 +121,12 @@ def test_a_pass_goes_in_the_models_order() -> None:
             request_temperature=torch.ones(C),
             top_k=torch.zeros(C, dtype=torch.int32),
             top_p=torch.ones(C),
+            min_p=torch.zeros(C),
             uniforms=noise.uniforms[step],
             shaped=False,
         )
         reading = read_logits(logits, SOFTCAP, draw)
-        accepted = sampler.accept(reading.entropy[None], 0.1)[0]
+        accepted = sampler.accept(reading.entropy[None], torch.tensor([0.1]))[0]
         assert 0 < accepted.sum() < C, "the script must exercise both branches"
         assert torch.equal(model.canvases[step][0], torch.where(accepted, reading.drawn, noise.ids[step]))
         assert torch.equal(model.probabilities[step][0], reading.probabilities)
@@ -188,7 +211,11 @@ def test_bad_logits_give_the_canvas_up_at_once(bad: float) -> None:
 
 def test_canvases_stepped_together_equal_each_alone() -> None:
     """Different seeds, temperatures and starting times; the soft input of a fresh canvas beside others is zero."""
-    samplings = [Sampling(seed=1), Sampling(seed=2, temperature=0.5, top_k=3), Sampling(seed=3, temperature=0.0)]
+    samplings = [
+        Sampling(seed=1),
+        Sampling(seed=2, temperature=0.5, top_k=3, min_p=0.1),
+        Sampling(seed=3, temperature=0.0),
+    ]
 
     def script(call: int, ids: Tensor, soft: Tensor) -> Tensor:
         return noisy(0, ids, soft)

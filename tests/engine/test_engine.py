@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine import options as choices
+from engine.assemble import buckets, choose_kernels
 from engine.config import GenerationDefaults, LayerConfig, ModelConfig
 from engine.engine import DiffusionEngine
 from engine.interface import (
@@ -42,6 +43,24 @@ class ListCache:
         self.ids.clear()
 
 
+class ScriptedPlan:
+    """As much of a PassPlan as the loop looks at, and what its model needs."""
+
+    def __init__(
+        self, commits: Sequence[tuple[Sequence[int], ListCache]], canvases: Sequence[tuple[int, ListCache]]
+    ) -> None:
+        self.commits, self.canvases = commits, canvases
+        self.slots = torch.tensor([slot for slot, _ in canvases], dtype=torch.int64)
+        self.layout = (len(commits), len(canvases))
+
+    def coming(self, cache: ListCache) -> list[int]:
+        return [token_id for ids, owner in self.commits if owner is cache for token_id in ids]
+
+    def advance(self) -> None:
+        for ids, cache in self.commits:
+            cache.ids.extend(ids)
+
+
 class ScriptedModel:
     """Deterministic "text": a function of the committed ids decides a canvas, some passes make it sure of it."""
 
@@ -52,37 +71,30 @@ class ScriptedModel:
         self.fail_commit_of: int | None = None
         self.error: Exception = RuntimeError("kaput")
 
-    def commit(self, ids: Tensor, cache: ListCache) -> None:
-        if self.fail_commit_of in ids.tolist():
-            raise self.error
-        self.commits.append(ids.tolist())
-        cache.ids.extend(ids.tolist())
+    def plan(
+        self, commits: Sequence[tuple[Sequence[int], ListCache]], canvases: Sequence[tuple[int, ListCache]]
+    ) -> ScriptedPlan:
+        for ids, _ in commits:
+            if self.fail_commit_of in ids:
+                raise self.error
+        return ScriptedPlan(commits, canvases)
 
-    def run(
-        self,
-        commits: Sequence[tuple[Tensor, ListCache]],
-        canvas: Tensor | None,
-        probabilities: Tensor | None,
-        caches: Sequence[ListCache],
-    ) -> Tensor | None:
+    def forward(self, plan: ScriptedPlan, canvas: Tensor | None, soft: Tensor | None) -> Tensor | None:
         """Like the real one: a pass that fails leaves the caches as they were."""
-        before = [(cache, list(cache.ids)) for _, cache in commits]
-        try:
-            for ids, cache in commits:
-                self.commit(ids, cache)
-            return None if canvas is None else self.denoise(canvas, caches)
-        except Exception:
-            for cache, ids in before:
-                cache.ids = ids
-            raise
+        logits = None
+        if canvas is not None:
+            self.passes += 1
+            assert canvas.shape == (len(plan.slots), C)
+            prefixes = [cache.ids + plan.coming(cache) for _, cache in plan.canvases]
+            logits = torch.stack([self.choose(prefix, ids) for prefix, ids in zip(prefixes, canvas, strict=True)])
+        self.commits += [list(ids) for ids, _ in plan.commits]
+        return logits
+
+    def embed_soft(self, probabilities: Tensor) -> Tensor:
+        return probabilities
 
     def read(self, logits: Tensor, draw: Draw) -> Reading:
         return read_logits(logits, 1000.0, draw)
-
-    def denoise(self, canvas: Tensor, caches: Sequence[ListCache]) -> Tensor:
-        self.passes += 1
-        assert canvas.shape == (len(caches), C)
-        return torch.stack([self.choose(cache.ids, ids) for cache, ids in zip(caches, canvas, strict=True)])
 
     @staticmethod
     def text(committed: list[int], canvas: Tensor) -> Tensor:
@@ -358,6 +370,8 @@ def test_a_broken_device_is_not_hidden() -> None:
         (request(temperature=float("inf")), "temperature"),
         (request(top_k=-1), "top_k"),
         (request(top_p=1.5), "top_p"),
+        (request(min_p=-0.1), "min_p"),
+        (request(min_p=float("nan")), "min_p"),
         (request(prompt=[2] * 64), "does not fit"),
     ],
 )
@@ -397,12 +411,14 @@ def test_auto_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choices.choose_device("auto") == CPU
     assert choices.choose_dtype("auto", CPU) == torch.float32
     assert choices.choose_dtype("bfloat16", CPU) == torch.bfloat16
-    assert choices.choose_kernels("auto") == "reference"
+    assert choose_kernels("auto", CPU, torch.float32) == "reference"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert choices.choose_device("auto") == torch.device("cuda", 0)
     assert choices.choose_device("cuda:1") == torch.device("cuda", 1)
     assert choices.choose_dtype("auto", torch.device("cuda", 0)) == torch.bfloat16
+    assert choose_kernels("auto", torch.device("cuda", 0), torch.bfloat16) == "triton"
+    assert choose_kernels("auto", torch.device("cuda", 0), torch.float32) == "reference"
     with pytest.raises(EngineError, match="only 2"):
         choices.choose_device("cuda:2")
 
@@ -422,8 +438,15 @@ def test_cuda_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_unknown_names_list_the_choices() -> None:
     with pytest.raises(EngineError, match=r"float16.*float32 or bfloat16"):
         choices.choose_dtype("float16", CPU)
-    with pytest.raises(EngineError, match=r"triton.*reference"):
-        choices.choose_kernels("triton")
+    with pytest.raises(EngineError, match=r"cuda.*reference or triton"):
+        choose_kernels("cuda", CPU, torch.float32)
+    with pytest.raises(EngineError, match="need an NVIDIA GPU"):
+        choose_kernels("triton", CPU, torch.float32)
+
+
+def test_buckets_double_and_hold_the_most() -> None:
+    assert buckets(1) == (64,)
+    assert buckets(512 + 64) == (64, 128, 256, 512, 1024)
 
 
 FULL = LayerConfig(kind="full", head_dim=16, kv_heads=2, rope_theta=1e6, rope_partial=0.25)

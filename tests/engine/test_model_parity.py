@@ -66,11 +66,11 @@ def capped(model: DiffusionGemma, logits: Tensor) -> Tensor:
     return (logits.float() / softcap).tanh() * softcap
 
 
-def probabilities(model: DiffusionGemma, logits: Tensor | None) -> Tensor | None:
-    """Self-conditioning [1, C, V] from processed logits [C, V], rounded where transformers rounds."""
+def conditioned(model: DiffusionGemma, logits: Tensor | None) -> Tensor | None:
+    """Self-conditioning [1, C, M] from processed logits [C, V], rounded where transformers rounds."""
     if logits is None:
         return None
-    return logits.to(model.dtype).softmax(-1, dtype=torch.float32).to(model.dtype)[None]
+    return model.embed_soft(logits.to(model.dtype).softmax(-1, dtype=torch.float32).to(model.dtype))[None]
 
 
 def run_both(model: DiffusionGemma, oracle: Oracle, prefix: int, *, canvases: int = 3) -> Pair:
@@ -89,7 +89,7 @@ def run_both(model: DiffusionGemma, oracle: Oracle, prefix: int, *, canvases: in
         for step in range(2):
             canvas = random_ids(config.canvas_length, config.vocab_size, 10 * index + step + 2, device)
             pair.theirs.append(oracle.denoise(canvas, previous))
-            pair.ours.append(capped(model, model.denoise(canvas[None], probabilities(model, previous), [cache])[0]))
+            pair.ours.append(capped(model, model.denoise(canvas[None], conditioned(model, previous), [cache])[0]))
             previous = pair.theirs[-1] / TEMPERATURE
         oracle.commit(canvas)
         model.commit(canvas, cache)
@@ -217,7 +217,7 @@ def test_commit_and_first_denoise_share_a_pass(small_checkpoint: Path, device: t
     model = load_model(small_checkpoint, device)
     vocab, length = model.config.vocab_size, model.config.canvas_length
     canvas = torch.stack([random_ids(length, vocab, 30 + slot, device) for slot in range(4)])
-    soft = torch.randn(4, length, vocab, generator=torch.Generator().manual_seed(0)).softmax(-1).to(device)
+    soft = torch.randn(4, length, model.config.hidden_size, generator=torch.Generator().manual_seed(0)).to(device)
     chunks = [random_ids(count, vocab, 40 + count, device) for count in (length, 37)]
     slots = fresh_slots(model, 4)
     for seed, cache in enumerate(slots):
@@ -267,7 +267,8 @@ def test_a_slot_does_not_depend_on_its_neighbours(small_checkpoint: Path, device
         model.commit(random_ids(prefix, config.vocab_size, slot, device), cache)
         canvases.append(random_ids(length, config.vocab_size, 20 + slot, device))
     canvas = torch.stack(canvases)
-    soft = (capped(model, model.denoise(canvas, None, caches)) / TEMPERATURE).softmax(-1)
+    found = (capped(model, model.denoise(canvas, None, caches)) / TEMPERATURE).softmax(-1)
+    soft = torch.stack([model.embed_soft(probabilities) for probabilities in found])
     together = model.denoise(canvas, soft, caches)
     for slot, cache in enumerate(caches):
         alone = model.denoise(canvas[slot : slot + 1], soft[slot : slot + 1], [cache])
@@ -278,7 +279,7 @@ def test_zero_self_conditioning_is_the_first_step(model: DiffusionGemma) -> None
     (cache,) = fresh_slots(model, 1)
     model.commit(random_ids(9, model.config.vocab_size, 9), cache)
     canvas = random_ids(model.config.canvas_length, model.config.vocab_size, 10)[None]
-    zeros = torch.zeros(1, model.config.canvas_length, model.config.vocab_size)
+    zeros = torch.zeros(1, model.config.canvas_length, model.config.hidden_size)
     torch.testing.assert_close(model.denoise(canvas, zeros, [cache]), model.denoise(canvas, None, [cache]))
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import LayerConfig, ModelConfig
+from engine.kernels.views import NOWHERE
 from engine.kv_cache import KVCache, KVPool
 from engine.pages import PAGE, PagePool, SlotPages
-from engine.plan import CANVAS, COMMIT, PassPlan, plan_pass
+from engine.plan import CANVAS, COMMIT, PassPlan, Planner
 
 CPU = torch.device("cpu")
 CANVAS_LENGTH = 5
@@ -68,19 +71,30 @@ def test_pages_are_never_lost_or_shared(operations: list[tuple[int, str, int]]) 
         assert len(held) + pool.free == 30
 
 
+def plan_pass(
+    commits: Sequence[tuple[KVCache, int]], canvases: Sequence[KVCache], window: int, align: int = 1
+) -> PassPlan:
+    """`align` above 1 also fills the commits up to buckets."""
+    buckets = () if align == 1 else (align, 3 * align, 20 * align)
+    planner = Planner(config(window), CPU, row_align=align, buckets=buckets)
+    return planner.plan([([7] * count, cache) for cache, count in commits], list(enumerate(canvases)))
+
+
 def fill(pool: KVPool, plan: PassPlan, mark: int) -> None:
     """Every row writes its position plus `mark` into every layer, as a model would."""
     kinds = ("sliding", "full")
     for layer, kind in enumerate(kinds):
-        rows = (plan.positions + mark).to(pool.keys[layer].dtype)
+        where = plan.views[kind].where
+        rows = (plan.positions + mark).to(pool.keys[layer].dtype)[where != NOWHERE]
         flat = pool.keys[layer].view(-1, *pool.keys[layer].shape[2:])
-        flat[plan.views[kind].where] = rows[:, None, None].expand(-1, *flat.shape[1:])
+        flat[where[where != NOWHERE]] = rows[:, None, None].expand(-1, *flat.shape[1:])
 
 
 def seen(pool: KVPool, plan: PassPlan, kind: str, row: int) -> list[int]:
     """What lies at the positions that a row sees."""
     view = plan.views[kind]
-    segment = next(i for i, s in enumerate(view.segments) if s.first <= row < s.first + s.count)
+    segment = int(view.segment[row])
+    assert view.segments[segment].first <= row < view.segments[segment].first + view.segments[segment].count
     keys = pool.keys[("sliding", "full").index(kind)]
     out = []
     for position in range(int(view.low[row]), int(view.high[row])):
@@ -93,9 +107,10 @@ def seen(pool: KVPool, plan: PassPlan, kind: str, row: int) -> list[int]:
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     window=st.integers(2, 90),
+    align=st.sampled_from([1, 16]),
     passes=st.lists(st.tuples(st.lists(st.integers(0, 40), min_size=2, max_size=2), st.booleans()), max_size=12),
 )
-def test_every_row_sees_what_it_may_see(window: int, passes: list[tuple[list[int], bool]]) -> None:
+def test_every_row_sees_what_it_may_see(window: int, align: int, passes: list[tuple[list[int], bool]]) -> None:
     """Two slots grow by turns, canvases in between; a canvas's rows are marked, and only it may see the marks."""
     sizes = config(window)
     pool = KVPool(sizes, 2, 500, CPU, torch.float64, chunk=40)
@@ -104,25 +119,33 @@ def test_every_row_sees_what_it_may_see(window: int, passes: list[tuple[list[int
         canvases = list(pool.slots) if with_canvas else []
         if not commits and not canvases:
             continue
-        plan = plan_pass(commits, canvases, canvas_length=CANVAS_LENGTH, window=window, device=CPU)
-        rows = sum(count for _, count in commits)
-        assert plan.commit_rows == rows
-        assert plan.modes.tolist() == [COMMIT] * rows + [CANVAS] * (CANVAS_LENGTH * len(canvases))
+        plan = plan_pass(commits, canvases, window, align)
+        rows = plan.layout.commit_rows
+        assert rows >= sum(count for _, count in commits)
+        assert plan.modes[:rows].tolist() == [COMMIT] * rows
+        assert plan.modes[rows:].tolist() == [CANVAS] * (len(plan.modes) - rows)
+        assert plan.slots.tolist() == list(range(len(canvases)))
         fill(pool, plan, 0)
-        for row in range(rows):
-            position = int(plan.positions[row])
-            assert seen(pool, plan, "full", row) == list(range(position + 1))
-            assert seen(pool, plan, "sliding", row) == list(range(max(0, position - window + 1), position + 1))
-        for row in range(rows, len(plan.positions)):
-            start = int(plan.positions[rows + (row - rows) // CANVAS_LENGTH * CANVAS_LENGTH])
+        real = {row for s in plan.views["full"].segments for row in range(s.first, s.first + s.count)}
+        for segment in plan.views["full"].segments[: len(commits)]:
+            for row in range(segment.first, segment.first + segment.count):
+                position = int(plan.positions[row])
+                assert plan.ids[row] == 7
+                assert seen(pool, plan, "full", row) == list(range(position + 1))
+                assert seen(pool, plan, "sliding", row) == list(range(max(0, position - window + 1), position + 1))
+        for segment in plan.views["full"].segments[len(commits) :]:
+            start = int(plan.positions[segment.first])
             canvas = list(range(start, start + CANVAS_LENGTH))
-            assert seen(pool, plan, "full", row) == [*range(start), *canvas]
-            assert seen(pool, plan, "sliding", row) == [*range(max(0, start - window + 1), start), *canvas]
-        for cache, count in commits:
-            cache.advance(count)
+            assert segment.count == CANVAS_LENGTH
+            for row in range(segment.first, segment.first + segment.count):
+                assert seen(pool, plan, "full", row) == [*range(start), *canvas]
+                assert seen(pool, plan, "sliding", row) == [*range(max(0, start - window + 1), start), *canvas]
+        for row in set(range(len(plan.modes))) - real:  # fills up only: sees nothing, is stored nowhere
+            for view in plan.views.values():
+                assert (int(view.low[row]), int(view.high[row]), int(view.where[row])) == (0, 0, NOWHERE)
+        plan.advance()
         if with_canvas:  # what a canvas leaves behind the committed positions must not be seen later
-            after = plan_pass([], canvases, canvas_length=CANVAS_LENGTH, window=window, device=CPU)
-            fill(pool, after, 10_000)
+            fill(pool, plan_pass([], canvases, window, align), 10_000)
 
 
 def test_sliding_layers_are_bounded_and_memory_is_allocated_once() -> None:
@@ -133,7 +156,7 @@ def test_sliding_layers_are_bounded_and_memory_is_allocated_once() -> None:
     before = large.bytes, [keys.data_ptr() for keys in large.keys]
     (cache,) = large.slots
     for _ in range(3000 // 16):
-        plan_pass([(cache, 16)], [cache], canvas_length=CANVAS_LENGTH, window=70, device=CPU)
+        plan_pass([(cache, 16)], [cache], 70)
         cache.advance(16)
     assert (large.bytes, [keys.data_ptr() for keys in large.keys]) == before
 
@@ -143,7 +166,7 @@ def test_reset_frees_every_page() -> None:
     for _ in range(5):
         for cache in pool.slots:
             for _ in range(10):
-                plan_pass([(cache, 20)], [], canvas_length=CANVAS_LENGTH, window=9, device=CPU)
+                plan_pass([(cache, 20)], [], 9)
                 cache.advance(20)
             cache.reset()
             assert cache.length == 0

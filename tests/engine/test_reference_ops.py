@@ -87,8 +87,9 @@ def test_attention(low: int, high: int, uniform: bool) -> None:
         segments=(Segment(0, count, uniform), Segment(count, count, True)),
         low=lows,
         high=highs,
+        segment=torch.tensor([0, 1], dtype=torch.int32).repeat_interleave(count),
         table=table,
-        where=torch.zeros(2 * count, dtype=torch.int64),
+        where=torch.zeros(2 * count, dtype=torch.int32),
     )
     out = ops.attention(queries, keys, values, view).view(2 * count, heads, dim)
     for row in range(2 * count):
@@ -105,10 +106,11 @@ def test_attention(low: int, high: int, uniform: bool) -> None:
 def test_joins_are_norms_and_sums() -> None:
     x, projected, dense, routed = (randn(5, 16, seed=seed) for seed in range(4))
     w = [randn(16, seed=10 + number) for number in range(4)]
-    h, mlp_input, experts_input = ops.join_attention(x, projected, w[0], w[1], w[2], EPS)
+    h, mlp_input, experts_input, router_input = ops.join_attention(x, projected, w[0], w[1], w[2], w[3], EPS)
     torch.testing.assert_close(h, x + ops.rms_norm(projected, w[0], EPS))
     torch.testing.assert_close(mlp_input, ops.rms_norm(h, w[1], EPS))
     torch.testing.assert_close(experts_input, ops.rms_norm(h, w[2], EPS))
+    torch.testing.assert_close(router_input, ops.rms_norm(h, w[3], EPS))
     modes, scalars = torch.tensor([0, 0, 1, 0, 1]), torch.tensor([0.5, 3.0])
     out, normed = ops.join_layer(h, dense, routed, w[0], w[1], w[2], scalars, modes, w[3], EPS)
     y = ops.rms_norm(dense, w[0], EPS) + ops.rms_norm(routed, w[1], EPS)
@@ -127,9 +129,9 @@ def test_gated_mlp_takes_the_gate_rows_first() -> None:
 
 
 def test_route() -> None:
-    x, norm, projection, scale = randn(9, 16), randn(16, seed=1), randn(6, 16, seed=2), randn(6, seed=3)
-    weights, chosen = ops.route(x, norm, projection, scale, 2, EPS)
-    probabilities = (ops.rms_norm(x, norm, EPS) @ projection.T).softmax(-1)
+    x, projection, scale = randn(9, 16), randn(6, 16, seed=2), randn(6, seed=3)
+    weights, chosen = ops.route(x, projection, scale, 2)
+    probabilities = (x @ projection.T).softmax(-1)
     for row in range(9):
         best = probabilities[row].argsort(descending=True)[:2]
         assert chosen[row].tolist() == best.tolist()
@@ -139,7 +141,7 @@ def test_route() -> None:
 
 def test_route_computes_probabilities_in_float32() -> None:
     x, projection = randn(4, 16).bfloat16(), randn(6, 16, seed=2).bfloat16()
-    weights, _ = ops.route(x, torch.ones(16), projection, torch.ones(6), 3, EPS)
+    weights, _ = ops.route(x, projection, torch.ones(6), 3)
     assert weights.dtype == torch.float32
     torch.testing.assert_close(weights.sum(-1), torch.ones(4))
 

@@ -1,0 +1,206 @@
+"""Attention of a pass's rows over keys and values in pages, for both kinds of layer and both kinds of rows.
+
+Online softmax over tiles of positions, so memory does not grow with the prefix. Heads that share a key head are rows
+of one tile: a program reads keys and values once for all of them. The positions of a block of rows are divided into a
+fixed number of splits, because a canvas alone has too few blocks for a large chip; a second kernel joins the splits'
+results.
+
+Knows views, no model. Invariant: what a row gets depends on its own low, high and pages only: splits are divided
+by the block's own positions, never by what else is in the pass.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.catalog import KernelCase
+from engine.kernels.chips import SHARED_LIMIT, chip_of
+from engine.kernels.tiles import dot, rounded
+from engine.kernels.views import AttentionView
+from engine.pages import PAGE
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+ROW_ALIGN = 64  # a segment begins at a multiple of this, so no block of rows holds rows of two
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """BM rows (positions times heads of a key head) by BN positions, of which PAGE is a multiple."""
+
+    BM: int
+    BN: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@triton.jit
+def attention_kernel(
+    queries, keys, values, low, high, segment, table, out, parts, sums, rows, width, heads,
+    kv_heads: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """One program a block of BM // GROUP rows, a key head and a split.
+
+    SPLITS == 1: out [R, H, D]. Otherwise parts float32 [SPLITS, R, H, D], already divided by the split's own sum, and
+    sums float32 [SPLITS, R, H], the logarithm (base 2) of that sum; -inf where the split has nothing for the row.
+    """
+    block = tl.program_id(0)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    first = block * (BM // GROUP)
+    lanes = tl.arange(0, BM)
+    row = first + lanes // GROUP
+    live = row < rows
+    row = tl.where(live, row, first)
+    begin = tl.load(low + row)
+    end = tl.where(live, tl.load(high + row), 0)
+    place = row.to(tl.int64) * heads + head * GROUP + lanes % GROUP  # of [R, H]
+    columns = tl.arange(0, D)
+    query = tl.load(queries + place[:, None] * D + columns[None, :])
+
+    start = tl.min(tl.where(end > begin, begin, 2147483647), 0) // BN * BN
+    stop = tl.max(end, 0)
+    tiles = tl.maximum((stop - start + BN - 1) // BN, 0)
+    from_tile = tiles * split // SPLITS
+    to_tile = tiles * (split + 1) // SPLITS
+    pages = table + tl.load(segment + first).to(tl.int64) * width
+
+    best = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, D), tl.float32)
+    for tile in range(from_tile, to_tile):
+        base = start + tile * BN
+        page = tl.load(pages + base // PAGE).to(tl.int64)
+        stored = (page * PAGE + base % PAGE + tl.arange(0, BN)) * kv_heads + head
+        key = tl.load(keys + stored[None, :] * D + columns[:, None])
+        value = tl.load(values + stored[:, None] * D + columns[None, :])
+        scores = dot(query, key, tl.zeros((BM, BN), tl.float32)) * LOG2_E
+        position = base + tl.arange(0, BN)[None, :]
+        scores = tl.where((position >= begin[:, None]) & (position < end[:, None]), scores, float("-inf"))
+        higher = tl.maximum(best, tl.max(scores, 1))
+        calm = tl.where(higher == float("-inf"), 0.0, higher)  # a row that has seen nothing yet
+        odds = tl.exp2(scores - calm[:, None])
+        shrink = tl.exp2(best - calm)
+        total = total * shrink + tl.sum(odds, 1)
+        acc = dot(rounded(odds, value.dtype), value, acc * shrink[:, None])
+        best = higher
+    divisor = tl.where(total == 0.0, 1.0, total)
+    result = acc / divisor[:, None]
+    if SPLITS == 1:
+        tl.store(out + place[:, None] * D + columns[None, :], rounded(result, out.dtype.element_ty), mask=live[:, None])
+    else:
+        place += split * rows.to(tl.int64) * heads
+        tl.store(parts + place[:, None] * D + columns[None, :], result, mask=live[:, None])
+        tl.store(sums + place, tl.where(total == 0.0, float("-inf"), best + tl.log2(divisor)), mask=live)
+
+
+@triton.jit
+def join_kernel(parts, sums, out, count, D: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr):
+    """out[i] = sum over s of share[s, i] * parts[s, i]; a row that saw nothing is zero. count = R * H."""
+    place = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    live = place < count
+    columns = tl.arange(0, D)
+    best = tl.full((BM,), float("-inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
+        best = tl.maximum(best, tl.load(sums + split * count + place, mask=live, other=float("-inf")))
+    best = tl.where(best == float("-inf"), 0.0, best)
+    total = tl.zeros((BM,), tl.float32)
+    acc = tl.zeros((BM, D), tl.float32)
+    for split in tl.static_range(SPLITS):
+        share = tl.exp2(tl.load(sums + split * count + place, mask=live, other=float("-inf")) - best)
+        at = (split * count + place)[:, None] * D + columns[None, :]
+        acc += share[:, None] * tl.load(parts + at, mask=live[:, None], other=0.0)
+        total += share
+    acc /= tl.where(total == 0.0, 1.0, total)[:, None]
+    tl.store(out + place[:, None] * D + columns[None, :], rounded(acc, out.dtype.element_ty), mask=live[:, None])
+
+
+def tiling(head_dim: int, group: int, itemsize: int, chip: int) -> Tiling:
+    """Tile sizes for a head size, `group` query heads a key head, and a chip such as 90.
+
+    The queries' tile and those of keys and values must fit the chip's shared memory, and the float32 sums [BM, D] the
+    registers: 64 rows of 512 take all that eight warps have.
+    """
+    roomy = SHARED_LIMIT[chip] > 160_000
+    if head_dim * itemsize > 512:  # 512 columns of bfloat16
+        found = (64, 32, 8, 2) if roomy else (32, 16, 4, 2)
+    elif head_dim * itemsize > 256:
+        found = (64, 64, 4, 2) if roomy else (64, 32, 4, 2)
+    else:
+        found = (64, 64, 4, 2)
+    bm, bn, warps, stages = found
+    bm = max(bm, 16, group)
+    return Tiling(BM=bm, BN=min(bn, PAGE), splits=2, warps=warps, stages=stages)
+
+
+def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView) -> Tensor:
+    """As `reference.attention`; all contiguous. ValueError if a segment does not begin at a multiple of ROW_ALIGN."""
+    rows, heads, head_dim = queries.shape
+    kv_heads = keys.shape[2]
+    group = heads // kv_heads
+    if any(segment.first % ROW_ALIGN for segment in view.segments):
+        raise ValueError(f"segments must begin at multiples of {ROW_ALIGN}: {view.segments}")
+    tile = tiling(head_dim, group, queries.element_size(), chip_of(queries.device))
+    out = torch.empty_like(queries)
+    if tile.splits == 1:
+        parts = sums = out
+    else:
+        parts = torch.empty((tile.splits, *queries.shape), dtype=torch.float32, device=queries.device)
+        sums = torch.empty((tile.splits, rows, heads), dtype=torch.float32, device=queries.device)
+    attention_kernel[(triton.cdiv(rows, tile.BM // group), kv_heads, tile.splits)](
+        queries, keys, values, view.low, view.high, view.segment, view.table, out, parts, sums,
+        rows, view.table.shape[1], heads,
+        kv_heads=kv_heads, GROUP=group, D=head_dim, PAGE=PAGE, BM=tile.BM, BN=tile.BN, SPLITS=tile.splits,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if tile.splits > 1:
+        count, bm = rows * heads, max(1, JOIN_ELEMENTS // head_dim)
+        join_kernel[(triton.cdiv(count, bm),)](
+            parts, sums, out, count, D=head_dim, SPLITS=tile.splits, BM=bm, num_warps=4
+        )
+    return out.view(rows, heads * head_dim)
+
+
+JOIN_ELEMENTS = 2048  # of one program: 16 a thread
+
+
+def cases() -> list[KernelCase]:
+    """At the model's shapes: 16 heads, 8 key heads of 256 and 2 of 512; the tile depends on the chip."""
+    found: dict[str, KernelCase] = {}
+    for head_dim, kv_heads in ((256, 8), (512, 2)):
+        group = 16 // kv_heads
+        for chip in SHARED_LIMIT:
+            tile = tiling(head_dim, group, 2, chip)
+            name = f"attention[{head_dim},{tile.BM}x{tile.BN}x{tile.splits}]"
+            same = found.get(name)
+            chips = (*(same.chips if same else ()), chip)
+            found[name] = KernelCase(
+                name=name,
+                kernel=attention_kernel,
+                signature=dict.fromkeys(("queries", "keys", "values"), "*bf16:16")
+                | dict.fromkeys(("low", "high", "segment", "table"), "*i32:16")
+                | {"out": "*bf16:16", "parts": "*fp32:16", "sums": "*fp32:16"}
+                | {"rows": "i32:16", "width": "i32", "heads": "i32:16"},
+                constants={
+                    "kv_heads": kv_heads, "GROUP": group, "D": head_dim, "PAGE": PAGE,
+                    "BM": tile.BM, "BN": tile.BN, "SPLITS": tile.splits,
+                },
+                num_warps=tile.warps,
+                num_stages=tile.stages,
+                chips=chips,
+            )  # fmt: skip
+        found[f"join{head_dim}"] = KernelCase(
+            name=f"attention_join[{head_dim}]",
+            kernel=join_kernel,
+            signature={"parts": "*fp32:16", "sums": "*fp32:16", "out": "*bf16:16", "count": "i32:16"},
+            constants={"D": head_dim, "SPLITS": 2, "BM": max(1, JOIN_ELEMENTS // head_dim)},
+            num_warps=4,
+            num_stages=3,
+        )
+    return list(found.values())

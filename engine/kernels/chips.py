@@ -1,0 +1,24 @@
+"""Facts about GPUs that decide tile sizes.
+
+Invariant: a kernel's configuration depends on the chip's compute capability and on nothing measured at run time, so
+that what start-up can choose is exactly what is compiled ahead of time.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+# Shared memory a program may have, in bytes, by compute capability (CUDA programming guide, table of capabilities).
+SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, 121: 101376}
+
+
+@cache
+def chip_of(device: torch.device) -> int:
+    """Compute capability such as 90; one not in the table counts as the next lower one that is. The interpreter, on a
+    CPU, runs what Hopper would."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((chip for chip in SHARED_LIMIT if chip <= 10 * major + minor), default=min(SHARED_LIMIT))

@@ -1,0 +1,266 @@
+"""The small operations around the matmuls: norms, RoPE with the writing of keys and values, and a layer's two joins.
+
+Each reads its rows once and keeps them in registers between the steps that the reference does one by one; everything is
+computed in float32 and rounded where it is stored. Knows rows and pages, no layers.
+
+Invariant: one program a row (or a row and its heads), so a row's result does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.kernels.catalog import KernelCase
+from engine.kernels.tiles import rounded, widened
+
+WARPS = 8  # of a row of 2816: twelve numbers a thread
+
+
+@triton.jit
+def _row(pointer, offset, columns, live):
+    return widened(tl.load(pointer + offset + columns, mask=live, other=0.0))
+
+
+@triton.jit
+def _as(x, pointer):
+    """float32 x rounded to what `pointer` points to."""
+    return rounded(x, pointer.dtype.element_ty)
+
+
+@triton.jit
+def _normed(x, width, eps):
+    """x / rms(x) of a row whose columns beyond `width` are zero."""
+    return x * tl.rsqrt(tl.sum(x * x, 0) / width + eps)
+
+
+@triton.jit
+def rms_norm_kernel(x, weight, out, width, eps, WEIGHTED: tl.constexpr, LANES: tl.constexpr):
+    """out[row] = norm(x[row]) * weight."""
+    offset = tl.program_id(0).to(tl.int64) * width
+    columns = tl.arange(0, LANES)
+    live = columns < width
+    result = _normed(_row(x, offset, columns, live), width, eps)
+    if WEIGHTED:
+        result *= tl.load(weight + columns, mask=live, other=0.0)
+    tl.store(out + offset + columns, rounded(result, out.dtype.element_ty), mask=live)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """As `reference.rms_norm`; x contiguous."""
+    width = x.shape[-1]
+    out = torch.empty_like(x)
+    rms_norm_kernel[(x.numel() // width,)](
+        x,
+        x if weight is None else weight,
+        out,
+        width,
+        eps,
+        WEIGHTED=weight is not None,
+        LANES=triton.next_power_of_2(width),
+        num_warps=WARPS,
+    )
+    return out
+
+
+@triton.jit
+def qkv_kernel(
+    heads, qk_weight, cos, sin, queries, keys, values, where, eps,
+    Q: tl.constexpr, KV: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One program a row and KV of its N heads, so that all of a program's heads are of one sort.
+
+    N = Q + 2 KV: queries, keys, values. N = Q + KV: the keys before their weights and RoPE are the values too.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * KV
+    head = first + tl.arange(0, KV)[:, None]
+    half = tl.arange(0, D // 2)[None, :]
+    source = heads + (row * N + head) * D + half
+    left, right = widened(tl.load(source)), widened(tl.load(source + D // 2))
+    scale = tl.rsqrt((tl.sum(left * left, 1) + tl.sum(right * right, 1)) / D + eps)[:, None]
+    left, right = left * scale, right * scale
+    place = tl.load(where + row).to(tl.int64)
+    stored = (place * KV + head - first) * D + half
+    kept = (place >= 0) & (half < D)  # a row that only fills up is stored nowhere
+    if first >= Q + KV or (first >= Q and N == Q + KV):
+        tl.store(values + stored, _as(left, heads), mask=kept)
+        tl.store(values + stored + D // 2, _as(right, heads), mask=kept)
+    if first < Q + KV:
+        weight = qk_weight + head * D + half
+        # as the reference: normed heads are rounded before they are turned
+        left = widened(_as(left * tl.load(weight), heads))
+        right = widened(_as(right * tl.load(weight + D // 2), heads))
+        turn = row * D + half
+        turned = left * widened(tl.load(cos + turn)) + right * widened(tl.load(sin + turn))
+        turned_right = right * widened(tl.load(cos + turn + D // 2)) + left * widened(tl.load(sin + turn + D // 2))
+        if first < Q:
+            target = queries + (row * Q + head) * D + half
+            tl.store(target, _as(turned, heads))
+            tl.store(target + D // 2, _as(turned_right, heads))
+        else:
+            tl.store(keys + stored, _as(turned, heads), mask=kept)
+            tl.store(keys + stored + D // 2, _as(turned_right, heads), mask=kept)
+
+
+def qkv_norm_rope_write(
+    heads: Tensor,
+    qk_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    keys: Tensor,
+    values: Tensor,
+    where: Tensor,
+) -> Tensor:
+    """As `reference.qkv_norm_rope_write`; all contiguous, the number of query heads a multiple of the key heads'."""
+    rows, count, head_dim = heads.shape
+    kv_heads = keys.shape[2]
+    query_heads = qk_weight.shape[0] - kv_heads
+    queries = heads.new_empty(rows, query_heads, head_dim)
+    qkv_kernel[(rows, count // kv_heads)](
+        heads, qk_weight, cos, sin, queries, keys, values, where, eps,
+        Q=query_heads, KV=kv_heads, N=count, D=head_dim, num_warps=4,
+    )  # fmt: skip
+    return queries
+
+
+@triton.jit
+def join_attention_kernel(
+    x, projected, post_weight, mlp_weight, experts_weight, router_weight, h, mlp, experts, router, width, eps,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """One program a row: `reference.join_attention`."""
+    offset = tl.program_id(0).to(tl.int64) * width
+    columns = tl.arange(0, LANES)
+    live = columns < width
+    added = _normed(_row(projected, offset, columns, live), width, eps)
+    added = widened(_as(added * tl.load(post_weight + columns, mask=live, other=0.0), x))
+    joined = _as(_row(x, offset, columns, live) + added, x)
+    tl.store(h + offset + columns, joined, mask=live)
+    normed = _normed(widened(joined), width, eps)
+    weight = tl.load(mlp_weight + columns, mask=live, other=0.0)
+    tl.store(mlp + offset + columns, _as(normed * weight, x), mask=live)
+    weight = tl.load(experts_weight + columns, mask=live, other=0.0)
+    tl.store(experts + offset + columns, _as(normed * weight, x), mask=live)
+    weight = tl.load(router_weight + columns, mask=live, other=0.0)
+    tl.store(router + offset + columns, _as(normed * weight, x), mask=live)
+
+
+def join_attention(
+    x: Tensor,
+    projected: Tensor,
+    post_weight: Tensor,
+    mlp_weight: Tensor,
+    experts_weight: Tensor,
+    router_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.join_attention`; all contiguous."""
+    rows, width = x.shape
+    h, mlp, experts, router = x.new_empty(4, rows, width).unbind()
+    join_attention_kernel[(rows,)](
+        x, projected, post_weight, mlp_weight, experts_weight, router_weight, h, mlp, experts, router, width, eps,
+        LANES=triton.next_power_of_2(width), num_warps=WARPS,
+    )  # fmt: skip
+    return h, mlp, experts, router
+
+
+@triton.jit
+def join_layer_kernel(
+    h, mlp, routed, mlp_weight, experts_weight, post_weight, scalars, modes, next_weight, x, normed, width, eps,
+    LANES: tl.constexpr,
+):  # fmt: skip
+    """One program a row: `reference.join_layer`."""
+    row = tl.program_id(0).to(tl.int64)
+    offset = row * width
+    columns = tl.arange(0, LANES)
+    live = columns < width
+    dense = _normed(_row(mlp, offset, columns, live), width, eps)
+    dense = widened(_as(dense * tl.load(mlp_weight + columns, mask=live, other=0.0), h))
+    sparse = _normed(_row(routed, offset, columns, live), width, eps)
+    sparse = widened(_as(sparse * tl.load(experts_weight + columns, mask=live, other=0.0), h))
+    both = widened(_as(dense + sparse, h))
+    added = _normed(both, width, eps) * tl.load(post_weight + columns, mask=live, other=0.0)
+    joined = widened(_as(_row(h, offset, columns, live) + widened(_as(added, h)), h))
+    # the scalar is rounded first, as transformers multiplies by one of the weights' dtype
+    scalar = widened(_as(tl.load(scalars + tl.load(modes + row)), h))
+    joined = _as(joined * scalar, h)
+    tl.store(x + offset + columns, joined, mask=live)
+    following = _normed(widened(joined), width, eps) * tl.load(next_weight + columns, mask=live, other=0.0)
+    tl.store(normed + offset + columns, _as(following, h), mask=live)
+
+
+def join_layer(
+    h: Tensor,
+    mlp: Tensor,
+    routed: Tensor,
+    mlp_weight: Tensor,
+    experts_weight: Tensor,
+    post_weight: Tensor,
+    scalars: Tensor,
+    modes: Tensor,
+    next_weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """As `reference.join_layer`; all contiguous."""
+    rows, width = h.shape
+    x, normed = h.new_empty(2, rows, width).unbind()
+    join_layer_kernel[(rows,)](
+        h, mlp, routed, mlp_weight, experts_weight, post_weight, scalars, modes, next_weight, x, normed, width, eps,
+        LANES=triton.next_power_of_2(width), num_warps=WARPS,
+    )  # fmt: skip
+    return x, normed
+
+
+def cases() -> list[KernelCase]:
+    """At the model's shapes: rows of 2816; 16 heads, 8 key heads of 256 and 2 of 512."""
+    row, vector = "*bf16:16", "*fp32:16"
+    common = {"constants": {"LANES": 4096}, "num_warps": WARPS, "num_stages": 3}
+    found = [
+        KernelCase(
+            name=f"rms_norm[{'weighted' if weighted else 'plain'}]",
+            kernel=rms_norm_kernel,
+            signature={"x": row, "weight": vector if weighted else row, "out": row, "width": "i32:16", "eps": "fp32"},
+            constants={"WEIGHTED": weighted, "LANES": 4096},
+            num_warps=WARPS,
+            num_stages=3,
+        )
+        for weighted in (True, False)
+    ]
+    found.append(
+        KernelCase(
+            name="join_attention",
+            kernel=join_attention_kernel,
+            signature={"x": row, "projected": row}
+            | dict.fromkeys(("post_weight", "mlp_weight", "experts_weight", "router_weight"), vector)
+            | dict.fromkeys(("h", "mlp", "experts", "router"), row)
+            | {"width": "i32:16", "eps": "fp32"},
+            **common,  # type: ignore[arg-type]
+        )
+    )
+    found.append(
+        KernelCase(
+            name="join_layer",
+            kernel=join_layer_kernel,
+            signature=dict.fromkeys(("h", "mlp", "routed", "x", "normed"), row)
+            | dict.fromkeys(("mlp_weight", "experts_weight", "post_weight", "scalars", "next_weight"), vector)
+            | {"modes": "*i32:16", "width": "i32:16", "eps": "fp32"},
+            **common,  # type: ignore[arg-type]
+        )
+    )
+    for head_dim, kv_heads, count in ((256, 8, 32), (512, 2, 18)):
+        found.append(
+            KernelCase(
+                name=f"qkv[{head_dim}]",
+                kernel=qkv_kernel,
+                signature=dict.fromkeys(("heads", "cos", "sin", "queries", "keys", "values"), row)
+                | {"qk_weight": vector, "where": "*i32:16", "eps": "fp32"},
+                constants={"Q": 16, "KV": kv_heads, "N": count, "D": head_dim},
+                num_warps=4,
+                num_stages=3,
+            )
+        )
+    return found
