@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from engine.denoise import Canvas, Denoiser
 from engine.interface import Constraint, ConstraintError
 
-
 _WINDOW = 8  # positions behind those pinned in which the text is looked for that belongs behind them
 _END_BONUS = 1000
 
@@ -60,7 +59,7 @@ class Guide:
             return
         stuck = not complete and self._decided(canvas, best[: at + 1], entropy[:at])
         self._constraint.rollback(walked)
-        self._previous = best
+        self._previous = list(best)
         due = self._due(canvas)
         if stuck or due > self._pinned:
             self._settle(canvas, self._repaired(canvas, best, max(due, at + 1 if stuck else 0)))

@@ -20,7 +20,7 @@ from typing import Any
 from llguidance import regex_to_lark
 
 from server.automaton import BadGrammar
-from server.json_grammar import FORMATS
+from server.json_grammar import FORMATS, UNREADABLE
 from server.schema_algebra import ALL_TYPES, NUMERIC, both, exclusive, kinds_of, same
 from server.tool_schema import kind_of, resolve
 
@@ -83,8 +83,8 @@ def call_rules(tools: Mapping[str, Any], quote_id: int) -> tuple[str, list[str]]
     for name, schema in tools.items():
         try:
             arguments = _Schema(schema, rules).arguments()
-        except (BadGrammar, RecursionError) as error:
-            raise BadGrammar(f"the parameters of '{name}': {error}") from error
+        except (BadGrammar, *UNREADABLE) as error:
+            raise BadGrammar(f"the parameters of '{name}': {error}"[:500]) from error
         calls.append(f"{_literal(f'call:{name}')} {arguments}")
     return rules.add(" | ".join(calls)), rules.lines()
 
@@ -278,9 +278,10 @@ class _Schema:
         return self._rules.terminal(" & ".join(parts)) if parts else "TEXT"
 
     def _array(self, node: Json, depth: int) -> str | None:
-        least, most = node.get("minItems", 0), node.get("maxItems")
-        first = node.get("prefixItems", node["items"] if isinstance(node.get("items"), list) else [])
-        further = node.get("items", True) if not isinstance(node.get("items"), list) else True
+        least, most = int(node.get("minItems", 0)), None if node.get("maxItems") is None else int(node["maxItems"])
+        items: Any = node.get("items", True)
+        first: list[Any] = items if isinstance(items, list) else list(node.get("prefixItems") or ())
+        further = True if isinstance(items, list) else items
         if most is not None and most < least:
             return None
         rest = self.value(further, depth) if most is None or most > len(first) else None
@@ -346,11 +347,11 @@ class _Schema:
 
 def _says_nothing(key: str, node: Json) -> bool:
     """Whether a keyword of `_REFUSED` forbids nothing with the value it has."""
-    value = node[key]
+    value: Any = node[key]
     if key == "minProperties":
         return isinstance(value, int) and value <= len(node.get("required") or ())
     if key in ("dependencies", "dependentRequired", "dependentSchemas", "patternProperties"):
-        return value == {}
+        return isinstance(value, dict) and not value
     return key == "uniqueItems" and value is False
 
 

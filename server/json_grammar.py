@@ -25,6 +25,8 @@ MAX_PROPERTIES = 1_000  # of one object: compiling takes more than the square of
 FORMATS = frozenset(
     ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 )  # fmt: skip
+# Keywords with values of the wrong type fail in many ways; all of them mean "this is no schema".
+UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
 _OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 _ONE = ("items", "additionalProperties", "additionalItems", "contains", "not", "if", "then", "else", "propertyNames")
 _LIST = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
@@ -44,7 +46,7 @@ def json_grammar(schema: Any) -> Json:
         if len(text) > MAX_CHARACTERS:
             raise BadGrammar(f"the schema is longer than {MAX_CHARACTERS:,} characters")
         grammar: Json = json.loads(LLMatcher.grammar_from_json_schema(text, overrides=_OPTIONS))["grammars"][0]
-    except (RecursionError, ValueError) as error:
+    except UNREADABLE as error:
         raise BadGrammar(f"the schema cannot be read: {error}"[:300]) from error
     return grammar
 

@@ -50,7 +50,7 @@ def both(one: Json, other: Json) -> Json:
     """A schema that holds where both do. Raises BadGrammar where that takes more than a schema of these keywords."""
     result = dict(one)
     for key, value in other.items():
-        mine = result.get(key)
+        mine: Any = result.get(key)
         if key not in result or same(mine, value):
             result[key] = value
         elif key == "properties":
