@@ -8,24 +8,55 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from engine.interface import MAX_DENOISING_STEPS, MAX_LOGPROBS, EngineError, GenerationRequest, Sampling, Schedule
+from engine.interface import (
+    MAX_DENOISING_STEPS,
+    MAX_LOGPROBS,
+    CanvasRequest,
+    EngineError,
+    GenerationRequest,
+    Request,
+    Sampling,
+    Schedule,
+)
 
 
-def check_request(request: GenerationRequest, vocab_size: int) -> None:
+def check_request(request: Request, vocab_size: int, canvas_length: int) -> None:
     """Raise EngineError, naming the field, for a request that no engine could serve."""
+    own = _canvas(request, vocab_size, canvas_length) if isinstance(request, CanvasRequest) else _reply(request)
     problems = {
         "prompt_ids is empty": not request.prompt_ids,
         f"prompt_ids has an id outside 0..{vocab_size - 1}": _outside(request.prompt_ids, vocab_size),
-        f"max_tokens must be at least 1, not {request.max_tokens}": request.max_tokens < 1,
-        f"logprobs must be in 0..{MAX_LOGPROBS}, not {request.logprobs}": not 0
-        <= (request.logprobs or 0)
-        <= MAX_LOGPROBS,
+        **own,
         **_sampling(request.sampling, vocab_size),
         **_schedule(request.schedule),
     }
     for problem, found in problems.items():
         if found:
             raise EngineError(problem)
+
+
+def _reply(request: GenerationRequest) -> dict[str, bool]:
+    top = request.logprobs or 0
+    return {
+        f"max_tokens must be at least 1, not {request.max_tokens}": request.max_tokens < 1,
+        f"logprobs must be in 0..{MAX_LOGPROBS}, not {request.logprobs}": not 0 <= top <= MAX_LOGPROBS,
+    }
+
+
+def _canvas(request: CanvasRequest, vocab_size: int, canvas_length: int) -> dict[str, bool]:
+    allowed, held = request.allowed, [token_id for token_id in request.canvas if token_id is not None]
+    return {
+        f"canvas must have 1..{canvas_length} positions, not {len(request.canvas)}": not 1
+        <= len(request.canvas)
+        <= canvas_length,
+        f"canvas has an id outside 0..{vocab_size - 1}": _outside(held, vocab_size),
+        "canvas has no free position": request.free == 0,
+        f"allowed must be for each of the {request.free} free positions": allowed is not None
+        and len(allowed) != request.free,
+        f"allowed must have ids, all in 0..{vocab_size - 1}, and not all of these": any(
+            not ids or _outside(ids, vocab_size) or len(set(ids)) >= vocab_size for ids in allowed or ()
+        ),
+    }
 
 
 def _sampling(sampling: Sampling, vocab_size: int) -> dict[str, bool]:

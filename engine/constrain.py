@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from engine.denoise import Canvas, Denoiser
+from engine.canvas import Canvas
+from engine.denoise import Denoiser
 from engine.interface import Constraint, ConstraintError
 
 _WINDOW = 8  # positions behind those pinned in which the text is looked for that belongs behind them
@@ -30,10 +31,10 @@ _END_BONUS = 1000
 class Guide:
     """Where one reply stands in its constraint. Between canvases that is behind everything delivered."""
 
-    def __init__(self, constraint: Constraint, denoiser: Denoiser, canvas_length: int) -> None:
+    def __init__(self, constraint: Constraint, denoiser: Denoiser) -> None:
         self._constraint = constraint
         self._denoiser = denoiser
-        self._canvas_length = canvas_length
+        self._canvas_length = denoiser.canvas_length
         self._pinned = 0  # positions of the open canvas, from its first on; the constraint stands behind them
         self._previous: list[int] = []  # the argmax of the pass before
         self._unchanged = 0  # passes in a row that left what counts of it as it was

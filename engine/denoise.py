@@ -20,15 +20,16 @@ Shapes: S slots, n canvases of a pass, C canvas, P passes, M hidden, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Literal, Protocol
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine import sampler
 from engine.bias import Bias
+from engine.canvas import Canvas, Flags, resolve
 from engine.config import GenerationDefaults
 from engine.graphs import Graphs
 from engine.interface import MAX_DENOISING_STEPS, Sampling, Schedule, TokenLogprobs
@@ -38,8 +39,6 @@ from engine.plan import PassPlan
 from engine.rng import canvas_noise
 
 ATTEMPTS = 2  # the first draw and one re-draw
-
-CanvasState = Literal["open", "done", "unconverged", "non-finite"]
 
 
 class Model(Protocol):
@@ -59,70 +58,6 @@ class Model(Protocol):
 
     @property
     def softcap(self) -> float: ...
-
-
-@dataclass
-class Canvas:
-    """The host's side of one canvas being denoised. Change it through `Denoiser` only."""
-
-    slot: int
-    index: int  # 0-based number within the reply
-    sampling: Sampling
-    schedule: GenerationDefaults
-    logprobs: int | None = None  # as in GenerationRequest
-    guided: bool = False  # ended by `Denoiser.finish` only: neither by the stop rule nor by running out of passes
-    pinned: bool = False  # some position is held
-    settled: bool = False  # the last pass met the model's own stop rule
-    attempt: int = 0
-    passes: int = 0  # of this attempt
-    steps: int = 0  # passes of all attempts
-    state: CanvasState = "open"
-    result: tuple[int, ...] = field(default=())  # the argmax, once state is "done"
-
-    @property
-    def just_redrawn(self) -> bool:
-        """True between the pass that used up the first attempt and the next one."""
-        return self.attempt > 0 and self.passes == 0
-
-    @property
-    def shaped(self) -> bool:
-        """Whether the request asks for another draw than the model's own."""
-        sampling = self.sampling
-        return (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) != (1.0, 0, 1.0, 0.0)
-
-    @property
-    def penalised(self) -> bool:
-        """Whether ids that have occurred cost something."""
-        return bool(self.sampling.presence_penalty or self.sampling.frequency_penalty)
-
-    @property
-    def biased(self) -> bool:
-        """Whether the request adds something to the logits."""
-        return self.penalised or bool(self.sampling.logit_bias)
-
-
-@dataclass(frozen=True)
-class Flags:
-    """What the host knows of the canvases of a pass, so that the rare ways are taken only where they are asked for."""
-
-    shaped: bool  # some row is drawn in another way
-    pinned: bool  # some position is held
-    biased: bool  # something is added to some logit
-    penalised: bool  # and it depends on what the canvas holds
-
-    @classmethod
-    def of(cls, canvases: Sequence[Canvas]) -> Flags:
-        return cls(
-            shaped=any(canvas.shaped for canvas in canvases),
-            pinned=any(canvas.pinned for canvas in canvases),
-            biased=any(canvas.biased for canvas in canvases),
-            penalised=any(canvas.penalised for canvas in canvases),
-        )
-
-
-def resolve(asked: Schedule, default: GenerationDefaults) -> GenerationDefaults:
-    """The checkpoint's schedule with what a request wants otherwise."""
-    return replace(default, **{name: value for name, value in asdict(asked).items() if value is not None})
 
 
 class Denoiser:
@@ -174,6 +109,7 @@ class Denoiser:
         self._outputs: dict[Hashable, Tensor] = {}  # logits [n, C, V] by kind of pass; overwritten by the next pass
         self._logits: Tensor | None = None  # those of the last pass
         self._rows: dict[int, int] = {}  # which of them are a slot's
+        self._last: tuple[PassPlan, tuple[Canvas, ...]] | None = None  # the last pass's plan, if it committed nothing
 
     def open(
         self,
@@ -217,7 +153,7 @@ class Denoiser:
         ValueError, with nothing changed, if ids do not fit a slot's capacity.
         """
         slots = [canvas.slot for canvas in canvases]
-        plan = self._model.plan(commits, list(zip(slots, caches, strict=True)))
+        plan = self._plan(canvases, caches, commits)
         flags = Flags.of(canvases)
         kind = (plan.layout, flags)
         self._graphs.run(kind, lambda: self._pass(plan, flags))
@@ -226,6 +162,22 @@ class Denoiser:
         self._logits, self._rows = self._outputs.get(kind), {slot: row for row, slot in enumerate(slots)}
         for canvas, done, finite in zip(canvases, *finished, strict=True):
             self._advance(canvas, done=done, finite=finite)
+
+    def _plan(
+        self,
+        canvases: Sequence[Canvas],
+        caches: Sequence[KVCache],
+        commits: Sequence[tuple[Sequence[int], KVCache]],
+    ) -> PassPlan:
+        """The plan of a pass; that of the last one if the same canvases go on and nothing is committed: while a canvas
+        is open its prefix stays what it was."""
+        if self._last is not None and not commits:
+            plan, seen = self._last
+            if len(seen) == len(canvases) and all(one is other for one, other in zip(seen, canvases, strict=True)):
+                return plan
+        plan = self._model.plan(commits, [(canvas.slot, cache) for canvas, cache in zip(canvases, caches, strict=True)])
+        self._last = None if commits else (plan, tuple(canvases))
+        return plan
 
     def pin(self, canvas: Canvas, start: int, token_ids: Sequence[int]) -> None:
         """Hold the positions from `start` on at `token_ids`, from now on and in every redraw."""
@@ -241,10 +193,7 @@ class Denoiser:
             self._soft[where] = self._model.embed(ids)
 
     def move(self, canvas: Canvas, source: int, target: int) -> None:
-        """Let what stands from position `source` on stand from `target` on instead, as input and as what was found.
-
-        Positions to which nothing moves are noise that nothing is known of.
-        """
+        """Let what stands from `source` on stand from `target` on instead; where nothing moves to is noise again."""
         slot = canvas.slot
         come_from = torch.arange(target, self._canvas_length, device=self._device) + (source - target)
         known = come_from < self._canvas_length
@@ -254,6 +203,23 @@ class Denoiser:
         self._best[slot, target:] = torch.where(known, self._best[slot, come_from], -1)
         if self._soft is not None:
             self._soft[slot, target:] = self._soft[slot, come_from] * known[:, None]
+
+    @property
+    def canvas_length(self) -> int:
+        """Positions of a canvas."""
+        return self._canvas_length
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills a canvas behind the end of a reply."""
+        return self._schedule.pad_id
+
+    def renoise(self, canvas: Canvas, position: int, avoid: Collection[int]) -> None:
+        """Begin a position of a new canvas with the first of its noise that is none of `avoid`."""
+        column = self._noise_ids[canvas.slot, : canvas.schedule.max_denoising_steps + 1, position].tolist()
+        others = (token_id for token_id in range(self._vocab_size) if token_id not in avoid)
+        noise = next((token_id for token_id in column if token_id not in avoid), None)
+        self._ids[canvas.slot, position] = next(others) if noise is None else noise
 
     def found(self, canvas: Canvas) -> tuple[list[int], list[float]]:
         """The argmax and the entropy in nats of every position after the last pass; pins count as found, and sure."""
@@ -288,6 +254,15 @@ class Denoiser:
             TokenLogprobs(each, tuple(zip(which, what, strict=True)))
             for each, which, what in zip(own, indices, values, strict=True)
         )
+
+    def logprobs_of(self, canvas: Canvas, places: Sequence[tuple[int, Sequence[int]]]) -> tuple[tuple[float, ...], ...]:
+        """The same of any ids at some positions of the canvas: (position, ids)."""
+        assert self._logits is not None, "there was a pass"
+        if not places:
+            return ()
+        rows = self._logits[self._rows[canvas.slot]][[position for position, _ in places]]
+        found = log_probabilities(rows, self._model.softcap)
+        return tuple(tuple(row[list(ids)].tolist()) for row, (_, ids) in zip(found, places, strict=True))
 
     def passes_left(self, canvas: Canvas) -> int:
         """How many passes the schedule has left for this attempt."""

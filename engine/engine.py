@@ -20,20 +20,23 @@ from dataclasses import dataclass, field
 
 import torch
 
+from engine import held_canvas
 from engine.assemble import assemble, choose_kernels
+from engine.canvas import Canvas
 from engine.check_request import check_request
-from engine.checkpoint import plan_checkpoint, read_checkpoint
+from engine.checkpoint import Checkpoint, plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
 from engine.constrain import Guide
-from engine.denoise import Canvas, Denoiser, Model
+from engine.denoise import Denoiser, Model
 from engine.formats import choose
 from engine.interface import (
+    CanvasRequest,
     ConstraintError,
     EngineError,
     EngineInfo,
     EngineOptions,
     Event,
-    GenerationRequest,
+    Request,
 )
 from engine.kv_cache import KVCache, KVPool
 from engine.options import (
@@ -43,7 +46,9 @@ from engine.options import (
     choose_dtype,
     require_fit,
 )
+from engine.random_weights import plan_random, random_checkpoint
 from engine.scheduler import CommitChunk, Scheduler, Slot
+from engine.shapes import FORMAT_FLAGS
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +68,15 @@ class Seat:
         self.cache.reset()
         self.canvas = self.guide = None
         self.said.clear()
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The model, the denoiser of its canvases, and each slot's cache."""
+
+    model: Model
+    denoiser: Denoiser
+    caches: tuple[KVCache, ...]
 
 
 class DiffusionEngine:
@@ -107,17 +121,42 @@ class DiffusionEngine:
         """Load a checkpoint. Raises EngineError for an option that cannot be met or a model that does not fit, before
         anything is read, and CheckpointError for the rest."""
         started = time.monotonic()
-        check_options(options)
-        device = choose_device(options.device)
-        dtype = choose_dtype(options.dtype, device)
-        kernels = choose_kernels(options.kernels, device, dtype)
+        device, dtype, kernels = settle(options)
         plan = plan_checkpoint(options.model, choose(options.quantize, options.quantize_dense))
-        config, schedule = plan.config, plan.generation
         require_fit(plan, options, device, dtype)
         checkpoint = read_checkpoint(plan, device, dtype, options.progress)
+        return cls.from_checkpoint(checkpoint, options, kernels=kernels, started=started)
+
+    @classmethod
+    def from_random(cls, shape: str, form: str, options: EngineOptions, *, seed: int = 0) -> DiffusionEngine:
+        """A model without a checkpoint: random weights of a shape and format by name, see `engine.shapes`.
+
+        `options.model` is a title only. Raises EngineError as `from_options` does."""
+        started = time.monotonic()
+        device, dtype, kernels = settle(options)
+        plan = plan_random(shape, form)
+        require_fit(plan, options, device, dtype, FORMAT_FLAGS)
+        checkpoint = random_checkpoint(plan, device, dtype, seed=seed)
+        return cls.from_checkpoint(checkpoint, options, kernels=kernels, started=started)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        options: EngineOptions,
+        *,
+        kernels: str,
+        started: float | None = None,
+        slots: int = SLOTS,
+    ) -> DiffusionEngine:
+        """An engine on weights that are on their device already; several may share them. `started`: when loading
+        began, by `time.monotonic`. Raises EngineError if there is no memory for the context."""
+        started = time.monotonic() if started is None else started
+        config, schedule = checkpoint.config, checkpoint.generation
+        device, dtype = checkpoint.device, checkpoint.dtype
         context = choose_context(options.context_length, config, device, dtype)
         try:
-            pool = KVPool(config, SLOTS, context, device, dtype, chunk=options.commit_chunk)
+            pool = KVPool(config, slots, context, device, dtype, chunk=options.commit_chunk)
         except RuntimeError as error:  # torch's class for a failed allocation differs between devices
             raise EngineError(f"no memory for a context of {context} positions on {device}: {error}") from error
         info = EngineInfo(
@@ -161,14 +200,19 @@ class DiffusionEngine:
         return self._info
 
     @property
+    def parts(self) -> Parts:
+        """What passes are made of, for those who measure them one by one instead of serving requests."""
+        return Parts(self._model, self._denoiser, tuple(seat.cache for seat in self._seats))
+
+    @property
     def has_work(self) -> bool:
         """True while a submitted request has not finished."""
         return not self._closed and self._scheduler.has_work
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, request: Request) -> None:
         """Queue a request. Raises RequestTooLong, QueueFull, or EngineError for a request that makes no sense."""
         self._require_open()
-        check_request(request, self._info.vocab_size)
+        check_request(request, self._info.vocab_size, self._info.canvas_length)
         self._scheduler.submit(request)
 
     def cancel(self, request_id: str) -> None:
@@ -219,17 +263,21 @@ class DiffusionEngine:
             self._scheduler.passed(slot, redrawn=canvas.just_redrawn)
             self._follow(slot, canvas)
         for slot, canvas in zip(ready, canvases, strict=True):
-            self._settle(slot, canvas)
+            if slot.reply is not None:  # its constraint did not fail
+                self._settle(slot, canvas)
 
     def _open_canvas(self, slot: Slot) -> Canvas:
         """The slot's canvas; a new one if its last is done."""
         seat, reply = self._seats[slot.index], slot.reply
         assert reply is not None, f"slot {slot.index} is ready but empty"
+        request = reply.request
         if seat.canvas is not None:
             return seat.canvas
-        request = reply.request
+        if isinstance(request, CanvasRequest):
+            seat.canvas = held_canvas.open_held(self._denoiser, slot.index, request)
+            return seat.canvas
         if request.constraint is not None and seat.guide is None:
-            seat.guide = Guide(request.constraint, self._denoiser, self._info.canvas_length)
+            seat.guide = Guide(request.constraint, self._denoiser)
         seat.canvas = self._denoiser.open(
             slot.index,
             request.sampling,
@@ -257,9 +305,12 @@ class DiffusionEngine:
 
     def _settle(self, slot: Slot, canvas: Canvas) -> None:
         """Deliver a canvas that is done; end the reply of one that cannot be; leave an open one alone."""
-        if canvas.state == "open":
+        request = self._requested(slot)
+        if canvas.state == "open" and not held_canvas.ends(request, canvas):
             return
-        if canvas.state == "done":
+        if isinstance(request, CanvasRequest) and canvas.state in ("open", "done"):
+            self._scheduler.conclude(slot, held_canvas.read_held(self._denoiser, canvas, request))
+        elif canvas.state == "done":
             logprobs = () if canvas.logprobs is None else self._denoiser.logprobs(canvas)
             if canvas.penalised:
                 self._seats[slot.index].said.update(canvas.result)
@@ -278,6 +329,11 @@ class DiffusionEngine:
                 slot, "error", f"the model's logits were not finite at canvas {canvas.index}, step {canvas.steps}"
             )
         self._vacate(slot)
+
+    @staticmethod
+    def _requested(slot: Slot) -> Request:
+        assert slot.reply is not None, f"slot {slot.index} is empty"
+        return slot.reply.request
 
     def _vacate(self, slot: Slot) -> None:
         """Forget the slot's canvas, and its prefix too if its request is over."""
@@ -310,3 +366,11 @@ class DiffusionEngine:
     def _require_open(self) -> None:
         if self._closed:
             raise EngineError("the engine is closed")
+
+
+def settle(options: EngineOptions) -> tuple[torch.device, torch.dtype, str]:
+    """Device, dtype and the op set's name. Raises EngineError for an option that cannot be met."""
+    check_options(options)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    return device, dtype, choose_kernels(options.kernels, device, dtype)

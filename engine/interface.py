@@ -115,6 +115,36 @@ class GenerationRequest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CanvasRequest:
+    """One canvas some of whose positions are held: what infill and decisions are made of.
+
+    `canvas` has the id each position is held at, None where it is free; behind it the checkpoint's pad id is held. It
+    is denoised until it is done, like any other, or, with `allowed` (some ids for each free position, in order), read
+    after a single pass. It ends with a CanvasRead and Finished("stop"), and is never committed.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    canvas: tuple[int | None, ...]
+    sampling: Sampling
+    schedule: Schedule = field(default_factory=Schedule)
+    allowed: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """What it counts as."""
+        return max(1, self.free)
+
+    @property
+    def free(self) -> int:
+        """How many positions are not held."""
+        return self.canvas.count(None)
+
+
+Request = GenerationRequest | CanvasRequest
+
+
+@dataclass(frozen=True, kw_only=True)
 class Usage:
     """Token and work counts of one request so far."""
 
@@ -150,6 +180,17 @@ class CanvasDone:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CanvasRead:
+    """What a CanvasRequest came to. Log-probabilities as in TokenLogprobs."""
+
+    request_id: str
+    token_ids: tuple[int, ...]  # at every position of its canvas: the id held or the likeliest found
+    logprobs: tuple[float, ...]  # of each of them, also of those held
+    allowed: tuple[tuple[float, ...], ...] = ()  # of the allowed ids of each free position
+    steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finished:
     """The end of one request; exactly one per accepted request, whatever happened."""
 
@@ -160,7 +201,7 @@ class Finished:
     error: str | None = None  # what went wrong, when reason is "error"; "length" after a canvas that never converged
 
 
-Event = CanvasDone | Finished
+Event = CanvasDone | CanvasRead | Finished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +233,7 @@ class Engine(Protocol):
     def has_work(self) -> bool:
         """True while a submitted request has not finished: call `step` again."""
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, request: Request) -> None:
         """Queue a request. Raises RequestTooLong or QueueFull; nothing is queued then."""
 
     def cancel(self, request_id: str) -> None:

@@ -6,7 +6,7 @@ no file. Invariant: what a plan promises is what loading takes: the same `Layout
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.config import ModelConfig
@@ -114,11 +114,18 @@ def usable(card: int) -> int:
 
 
 def refusal(
-    wanted: MemoryPlan, others: Sequence[MemoryPlan], *, context: int | None, free: int, where: str
+    wanted: MemoryPlan,
+    others: Sequence[MemoryPlan],
+    *,
+    context: int | None,
+    free: int,
+    where: str,
+    flags: Mapping[str, str] = FLAGS,
 ) -> str | None:
     """None if `wanted` fits into `free` bytes; otherwise what is needed, what is free, and what would do.
 
-    `context` as asked for, None = as much as fits; `others`: what the same checkpoint could be quantised to.
+    `context` as asked for, None = as much as fits; `others`: what the same checkpoint could be quantised to,
+    and by format, the `flags` that ask for it.
     """
     least = min(MIN_CONTEXT, wanted.max_context) if context is None else context
     needed = wanted.needed(least)
@@ -133,9 +140,9 @@ def refusal(
     shorter = wanted.context(free)
     if shorter:
         parts.append(f"a context of up to {shorter} would fit")
-    fitting = {FLAGS[plan.format]: plan.context(free) for plan in others if plan.context(free)}
+    fitting = {flags[plan.format]: plan.context(free) for plan in others if plan.context(free)}
     if fitting:
-        told = ", ".join(f"{flags} (context up to {length})" for flags, length in fitting.items())
+        told = ", ".join(f"{asked} (context up to {length})" for asked, length in fitting.items())
         parts.append(f"what fits there is {told}")
     elif not shorter:
         parts.append("no format of this checkpoint fits there")

@@ -6,6 +6,7 @@ Invariant: a choice that cannot be met is an EngineError that says what could be
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from engine.checkpoint import CheckpointPlan
 from engine.config import ModelConfig
 from engine.interface import EngineError, EngineOptions
-from engine.memory_plan import MIN_CONTEXT, plan_memory, plans, refusal
+from engine.memory_plan import FLAGS, MIN_CONTEXT, plan_memory, plans, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CUDA_RESERVE = 2 * 2**30  # bytes left for activations and logits when the context is sized to the memory
@@ -91,8 +92,16 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
-def require_fit(plan: CheckpointPlan, options: EngineOptions, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise EngineError if weights, KV cache and work space exceed the memory that is free on the device now."""
+def require_fit(
+    plan: CheckpointPlan,
+    options: EngineOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    flags: Mapping[str, str] = FLAGS,
+) -> None:
+    """Raise EngineError if weights, KV cache and work space exceed the memory that is free on the device now.
+
+    `flags`: what to type for another format, for the message."""
     gpu = device.type == "cuda"
     wanted = plan_memory(
         plan.config,
@@ -103,7 +112,8 @@ def require_fit(plan: CheckpointPlan, options: EngineOptions, device: torch.devi
         commit_chunk=options.commit_chunk,
     )
     others = () if plan.quantized else plans(plan.config, itemsize=dtype.itemsize, gpu=gpu)
-    problem = refusal(wanted, others, context=options.context_length, free=available_memory(device), where=str(device))
+    free = available_memory(device)
+    problem = refusal(wanted, others, context=options.context_length, free=free, where=str(device), flags=flags)
     if problem is not None:
         raise EngineError(f"{options.model}: {problem}")
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 
 from engine.interface import (
     CanvasDone,
+    CanvasRead,
     EngineError,
     Event,
     Finished,
     FinishReason,
-    GenerationRequest,
     QueueFull,
+    Request,
     RequestTooLong,
     TokenLogprobs,
     Usage,
@@ -30,7 +31,7 @@ from engine.interface import (
 class Reply:
     """The progress of one request that has a slot."""
 
-    request: GenerationRequest
+    request: Request
     room: int  # reply tokens that may still be delivered, the eos token included
     pending: deque[int] = field(default_factory=deque)  # ids to commit before the next pass
     completion_tokens: int = 0
@@ -82,7 +83,7 @@ class Scheduler:
         self, *, slots: int, max_waiting: int, commit_chunk: int, context_length: int, eos_ids: frozenset[int]
     ) -> None:
         self.slots = tuple(Slot(index) for index in range(slots))
-        self._waiting: deque[GenerationRequest] = deque()
+        self._waiting: deque[Request] = deque()
         self._events: list[Event] = []
         self._active: set[str] = set()  # ids whose Finished has not been collected yet
         self._last_commit = slots - 1  # the slot that committed last
@@ -93,7 +94,7 @@ class Scheduler:
 
     # What the caller asks for
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, request: Request) -> None:
         """Queue a request. Raises RequestTooLong, QueueFull, or EngineError for an id that is still running."""
         if len(request.prompt_ids) + 1 > self._context_length:
             raise RequestTooLong(len(request.prompt_ids), self._context_length)
@@ -185,6 +186,14 @@ class Scheduler:
             self._finish(slot, "length")
         else:
             reply.pending.extend(token_ids)
+
+    def conclude(self, slot: Slot, read: CanvasRead) -> None:
+        """The slot's request wanted one canvas read, and here it is."""
+        reply = self._reply(slot)
+        reply.canvases += 1
+        reply.completion_tokens += reply.request.max_tokens
+        self._events.append(read)
+        self._finish(slot, "stop")
 
     def fail(self, slot: Slot, reason: FinishReason, error: str) -> None:
         """End the slot's request without another canvas, and say why."""

@@ -321,12 +321,12 @@ class Reply:
                 yield Delta(choice=running.choice.index, content=running.choice.echo)
         async with aclosing(self._merged()) as events:
             async for running, event in events:
-                choice = running.choice
+                choice, delta = running.choice, None
                 if isinstance(event, CanvasDone):
                     delta = choice.canvas(event)
                     if choice.satisfied:
                         self._bridge.cancel(running.request.id)
-                else:
+                elif isinstance(event, Finished):
                     running.finished = event
                     delta = choice.end(complete=event.reason == "stop")
                 if delta is not None:

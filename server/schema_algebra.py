@@ -61,7 +61,7 @@ def both(one: Json, other: Json) -> Json:
         elif key == "required":
             result[key] = list(dict.fromkeys([*mine, *value]))
         elif key == "type":
-            result[key] = _common_types(kinds_of({"type": mine}), kinds_of({"type": value}))
+            result[key] = _shared_types(kinds_of({"type": mine}), kinds_of({"type": value}))
         elif key == "enum":
             result[key] = [each for each in mine if any(same(each, also) for also in value)]
         elif key in ("minimum", "exclusiveMinimum", "minLength", "minItems"):
@@ -83,7 +83,7 @@ def _closed_elsewhere(one: Json, other: Json) -> bool:
     )
 
 
-def _common_types(one: Sequence[str], other: Sequence[str]) -> list[str]:
+def _shared_types(one: Sequence[str], other: Sequence[str]) -> list[str]:
     def within(kind: str, kinds: Sequence[str]) -> bool:
         return kind in kinds or (kind == "integer" and "number" in kinds)
 
@@ -101,7 +101,7 @@ def _apart(one: Any, other: Any) -> bool:
     if not (isinstance(one, dict) and isinstance(other, dict)):
         return False
     if all(isinstance(each.get("type"), str | list) for each in (one, other)):
-        if not _common_types(kinds_of(one), kinds_of(other)):
+        if not _shared_types(kinds_of(one), kinds_of(other)):
             return True
     mine, theirs = _constants(one), _constants(other)
     if mine is not None and theirs is not None:

@@ -106,7 +106,7 @@ class EngineAnswerer:
                 if isinstance(event, CanvasDone):
                     ids += event.token_ids
                     steps.append(event.steps)
-                else:
+                elif isinstance(event, Finished):
                     end = event
         if end is None:
             raise RuntimeError("the engine ran out of work without finishing the request")

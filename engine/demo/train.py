@@ -56,12 +56,17 @@ class Stepper:
         self._copied = [torch.cuda.Event() for _ in range(2)] if cuda else []
         self.parameters: list[Tensor] = list(model.parameters())
         self.average = [p.detach().clone() for p in self.parameters]
-        self.rate = torch.tensor(lr, device=self.device)
         matrices = [p for p in self.parameters if p.ndim >= 2]
         vectors = [p for p in self.parameters if p.ndim < 2]
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(
-            groups, lr=self.rate, betas=(0.9, 0.98), eps=1e-9, fused=cuda, foreach=False, capturable=cuda
+            groups,
+            lr=torch.tensor(lr, device=self.device),
+            betas=(0.9, 0.98),
+            eps=1e-9,
+            fused=cuda,
+            foreach=False,
+            capturable=cuda,
         )
         self.facts = torch.zeros(3, device=self.device)  # cross-entropy of replies and of the causal pass, gradient
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
@@ -77,6 +82,11 @@ class Stepper:
         self._staged[0].copy_(flat)
         self.batch.flat.copy_(self._staged[0], non_blocking=True)
         self._copied[0].record()
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate from now on. A graph reads it from the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(rate)
 
     def run(self, use_soft: bool) -> None:
         """Train on the batch loaded."""
@@ -98,7 +108,7 @@ class Stepper:
 
     def capture(self) -> None:
         """Capture both kinds of step over the batch loaded; weights and optimizer end as if nothing had run."""
-        self.rate.zero_()
+        self.set_rate(0.0)
         before = [p.detach().clone() for p in self.parameters]
         pool = torch.cuda.graph_pool_handle()
         graphs = {}
@@ -190,7 +200,7 @@ class Trainer:
         objective.cross_entropy = torch.compile(objective.cross_entropy, dynamic=False)
         objective.after_first_pass = torch.compile(objective.after_first_pass, dynamic=False)
         for use_soft in (True, False):
-            with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
                 loss, _ = objective.losses(self.stepper.model, self.stepper.batch, use_soft)
             loss.backward()
         self.stepper.optimizer.zero_grad(set_to_none=True)
@@ -203,7 +213,7 @@ class Trainer:
         written, asked, asked_at = self.minutes, 0, self.minutes
         while self.minutes < o.minutes:
             self.stepper.load(next(self.data))
-            self.stepper.rate.fill_(o.lr * self._rate())
+            self.stepper.set_rate(o.lr * self._rate())
             self.stepper.run(chance.random() >= WITHOUT_SOFT)
             if self.step % LOG_EVERY == 0:
                 speed = (self.step - asked) / max(1e-9, 60 * (self.minutes - asked_at))
@@ -224,9 +234,10 @@ class Trainer:
         if not math.isfinite(norm):
             raise RuntimeError(f"the gradient is {norm} at step {self.step}")
         memory = torch.cuda.max_memory_reserved() / 2**30 if self.device.type == "cuda" else 0.0
+        rate = float(self.stepper.optimizer.param_groups[0]["lr"])
         say(
             step=self.step, minutes=round(self.minutes, 2), reply=round(reply, 4), causal=round(causal, 4),
-            norm=round(norm, 2), lr=round(float(self.stepper.rate), 6), steps_per_second=round(speed, 2),
+            norm=round(norm, 2), lr=round(rate, 6), steps_per_second=round(speed, 2),
             gib=round(memory, 1),
         )  # fmt: skip
 
@@ -239,6 +250,8 @@ class Trainer:
 
     def _write(self) -> None:
         """Put the averaged weights into the folder of `--out`, at no moment half a checkpoint; start an evaluation."""
+        if not all(bool(each.isfinite().all()) for each in self.stepper.average):
+            raise RuntimeError(f"the weights are not finite at step {self.step}; {self.options.out} holds older ones")
         out = Path(self.options.out)
         new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
         with self.stepper.averaged():

@@ -133,3 +133,15 @@ def test_a_run_that_resumes_and_ends_writes_the_same_weights(
         before, after = load_file(shard), load_file(out / shard.name)
         assert all(torch.equal(before[name], after[name]) for name in before)
     assert not list(tmp_path.glob("checkpoint.*"))
+
+
+def test_the_rate_set_is_the_rate_trained_with(batches: list[Batch]) -> None:
+    stepper = train.Stepper(TrainingModel(SMALL), rows=2, lr=1e-2)
+    stepper.load(batches[0].flat)
+    before = [p.detach().clone() for p in stepper.parameters]
+    stepper.set_rate(0.0)
+    stepper.run(False)
+    assert all(torch.equal(p, b) for p, b in zip(stepper.parameters, before, strict=True))
+    stepper.set_rate(1e-3)
+    stepper.run(False)
+    assert not all(torch.equal(p, b) for p, b in zip(stepper.parameters, before, strict=True))

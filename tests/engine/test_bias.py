@@ -203,6 +203,6 @@ BAD: Sequence[tuple[dict[str, object], str]] = [
 
 @pytest.mark.parametrize(("changes", "field"), BAD)
 def test_a_request_that_makes_no_sense_is_refused(changes: dict[str, object], field: str) -> None:
-    check_request(request(), V)
+    check_request(request(), V, C)
     with pytest.raises(EngineError, match=field):
-        check_request(request(**changes), V)
+        check_request(request(**changes), V, C)

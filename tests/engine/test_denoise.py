@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from engine import sampler
+from engine.canvas import Canvas
 from engine.config import GenerationDefaults
-from engine.denoise import Canvas, Denoiser
+from engine.denoise import Denoiser
 from engine.interface import Sampling
 from engine.kernels.reference_output import Draw, Reading, read_logits
 from engine.rng import canvas_noise

@@ -64,6 +64,8 @@ class ScriptedPlan:
 class ScriptedModel:
     """Deterministic "text": a function of the committed ids decides a canvas, some passes make it sure of it."""
 
+    softcap = 1000.0
+
     def __init__(self, choose: Callable[[list[int], Tensor], Tensor] | None = None) -> None:
         self.choose = choose or self.text
         self.commits: list[list[int]] = []
@@ -92,6 +94,9 @@ class ScriptedModel:
 
     def embed_soft(self, probabilities: Tensor) -> Tensor:
         return probabilities
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return torch.nn.functional.one_hot(ids, V).float()
 
     def read(self, logits: Tensor, draw: Draw) -> Reading:
         return read_logits(logits, 1000.0, draw)
