@@ -25,7 +25,7 @@ from engine.denoise import Denoiser
 from engine.interface import Constraint, ConstraintError
 
 _WINDOW = 8  # positions behind those pinned in which the text is looked for that belongs behind them
-_END_BONUS = 1000
+_END_BONUS = 1000  # positions that reaching an end is worth
 
 
 class Guide:
@@ -45,7 +45,7 @@ class Guide:
         Raises ConstraintError.
         """
         self._pinned, self._previous, self._unchanged = 0, [], 0
-        self._settle(canvas, [])
+        self._pin(canvas, *self._with_forced([]))
 
     def follow(self, canvas: Canvas) -> None:
         """A pass over the canvas is done: pin what is to be pinned, end it if that is all. Raises ConstraintError."""
@@ -62,28 +62,31 @@ class Guide:
         self._constraint.rollback(walked)
         self._previous = list(best)
         due = self._due(canvas)
-        if stuck or due > self._pinned:
-            self._settle(canvas, self._repaired(canvas, best, max(due, at + 1 if stuck else 0)))
-        if stuck and due <= at and canvas.state == "open":
-            self._realign(canvas, best, at)
+        target = max(due, at + 1 if stuck else 0)
+        if target <= self._pinned:
+            return
+        ids, ended = self._with_forced(self._repaired(canvas, best, target))
+        if target > due and not ended:
+            self._realign(canvas, best, at, ids)
+        self._pin(canvas, ids, ended)
 
-    def _realign(self, canvas: Canvas, best: list[int], broken: int) -> None:
-        """Ids were pinned from position `broken` on instead of the model's. What it had behind may belong elsewhere
-        now: as it is (the pins replace), all of it behind the pins (they were inserted), or from the place on that
-        stands behind the id pinned last. Where the constraint can follow the longest is where it goes."""
-        last = self._previous[self._pinned - 1]
-        near = range(broken, min(2 * self._pinned - broken + _WINDOW, len(best)))
-        behind_last = [place + 1 for place in near if best[place] == last]
-        resume, longest = self._pinned, -1
-        for source in dict.fromkeys((self._pinned, broken, broken + 1, *behind_last[:2])):
+    def _realign(self, canvas: Canvas, best: list[int], broken: int, ids: Sequence[int]) -> None:
+        """`ids` are about to be pinned, from position `broken` on against the model's will. What it has behind may
+        belong elsewhere then: where it is (the pins replace), behind the pins from `broken` on (they are inserted), or
+        from the place on that stands behind the id pinned last. Where the constraint can follow the longest it goes."""
+        start = self._pinned + len(ids)
+        near = range(broken, min(2 * start - broken + _WINDOW, len(best)))
+        behind_last = [place + 1 for place in near if best[place] == ids[-1]]
+        chosen, longest = start, -1
+        for source in dict.fromkeys((start, broken, broken + 1, *behind_last[:2])):
             walked = self._constraint.advance(best[source:])
             complete = source + walked < len(best) and best[source + walked] in self._constraint.ends()
             self._constraint.rollback(walked)
             if walked + _END_BONUS * complete > longest:
-                resume, longest = source, walked + _END_BONUS * complete
-        if resume != self._pinned:
-            self._denoiser.move(canvas, resume, self._pinned)
-            self._previous = self._previous[: self._pinned] + best[resume:]
+                chosen, longest = source, walked + _END_BONUS * complete
+        if chosen != start and start < self._canvas_length:
+            self._denoiser.move(canvas, chosen, start)
+            self._previous[start:] = best[chosen : chosen + self._canvas_length - start]
 
     def _sure(self, canvas: Canvas, best: list[int], entropy: list[float]) -> bool:
         """The model's own stop rule, for the part of a canvas that counts: what is behind an end does not."""
@@ -128,8 +131,8 @@ class Guide:
                 raise ConstraintError(f"the constraint allows id {chosen} and refuses it")
         return ids
 
-    def _settle(self, canvas: Canvas, ids: list[int]) -> None:
-        """Pin ids and what must follow them; end the canvas if it is full or the reply ends."""
+    def _with_forced(self, ids: list[int]) -> tuple[list[int], bool]:
+        """Ids for the next free positions and what must follow them, and whether they end the reply."""
         room = self._canvas_length - self._pinned
         ended = bool(ids) and ids[-1] in self._constraint.ends()
         while not ended and len(ids) < room:
@@ -141,6 +144,10 @@ class Guide:
                 ended = True
             elif not forced:
                 break
+        return ids, ended
+
+    def _pin(self, canvas: Canvas, ids: list[int], ended: bool) -> None:
+        """Pin ids; end the canvas if it is full or the reply ends."""
         if ids:
             self._denoiser.pin(canvas, self._pinned, ids)
             self._previous[self._pinned : self._pinned + len(ids)] = ids

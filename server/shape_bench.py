@@ -61,7 +61,8 @@ def _measured(options: BenchOptions, progress: Console, path: Path | None) -> Do
             document.save(path)
         if document.runs[-1].figures:
             form, latest = document.runs[-1].form, document.runs[-1].figures[-1]
-            progress.print(f"{form}: {latest.title}: {figure_cells(latest)[1]}", markup=False, soft_wrap=True)
+            value, note = figure_cells(latest)[1:3]
+            progress.print(f"{form}: {latest.title}: {value}  {note}".rstrip(), markup=False, soft_wrap=True)
     return document
 
 
@@ -78,13 +79,15 @@ def _show_computed(options: BenchOptions, console: Console) -> None:
 
 
 def table(form: str, rows: Sequence[Sequence[str]]) -> Table:
-    """The figures of one format."""
+    """The figures of one format; a column in which nothing stands is left out."""
     drawn = Table(title=form, title_style="bold", title_justify="left", box=SIMPLE, pad_edge=False)
-    drawn.add_column(FIGURE_COLUMNS[0])
-    for name in FIGURE_COLUMNS[1:]:
-        drawn.add_column(name, justify="right", no_wrap=True)
+    columns = [
+        index for index in range(len(FIGURE_COLUMNS)) if index == 0 or any(row[index] not in ("", "-") for row in rows)
+    ]
+    for index in columns:
+        drawn.add_column(FIGURE_COLUMNS[index], justify="right" if index else "left")
     for row in rows:
-        drawn.add_row(*row)
+        drawn.add_row(*(row[index] for index in columns))
     return drawn
 
 

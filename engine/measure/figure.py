@@ -30,6 +30,7 @@ class Figure:
     device_milliseconds: float | None = None  # None: not on a GPU
     work: Work | None = None
     limit: float | None = None
+    also: tuple[float, str] | None = None  # the same in another unit: 0.2 "steps"
     detail: Mapping[str, Detail] = field(default_factory=dict)
     note: str | None = None  # why there is no value
     failed: bool = False  # there is no value for another reason than that this machine cannot give one
@@ -52,6 +53,7 @@ class Figure:
             "title": self.title,
             "value": self.value,
             "unit": self.unit,
+            "also": None if self.also is None else {"value": self.also[0], "unit": self.also[1]},
             "milliseconds": self.milliseconds,
             "device_milliseconds": self.device_milliseconds,
             "roofline": roofline,

@@ -59,6 +59,7 @@ class Bench:
         unit: str = "ms",
         limit: float | None = None,
         device: float | None = None,
+        also: tuple[float, str] | None = None,
         detail: dict[str, Detail] | None = None,
     ) -> Figure:
         """A figure of the median lap; `value` if that is not its milliseconds, `limit` if it is not that of `work`."""
@@ -72,6 +73,7 @@ class Bench:
             device_milliseconds=device,
             work=work,
             limit=self.limit(work) if limit is None else limit,
+            also=also,
             detail={"laps": len(laps), **(detail or {})},
         )
 
@@ -132,7 +134,7 @@ def serving_figure(bench: Bench, prefix: int) -> Figure:
     laps = bench.clock.laps(rig.serving, most=LAPS, seconds=SECONDS)
     rig.served()
     work = bench.pass_of(step_rows(rig.config, prefix))
-    return bench.figure(f"engine@{prefix}", f"the same, as a step of the engine, prefix {prefix}", laps, work)
+    return bench.figure(f"engine@{prefix}", f"the same by the engine, prefix {prefix}", laps, work)
 
 
 def canvas_figure(bench: Bench, prefix: int) -> Figure:
@@ -144,7 +146,7 @@ def canvas_figure(bench: Bench, prefix: int) -> Figure:
     work = bench.canvas_of(step_rows(rig.config, prefix), prefix, bench.steps)
     title = f"canvas of {bench.steps} steps, prefix {prefix}"
     rate = 1000 * rig.config.canvas_length / typical(laps)
-    return bench.figure(f"canvas@{prefix}", title, laps, work, detail={"tokens_per_second": rate})
+    return bench.figure(f"canvas@{prefix}", title, laps, work, also=(rate, "tokens/s"))
 
 
 def _canvas(rig: Rig, steps: int, commit: Sequence[int] = ()) -> None:
@@ -183,15 +185,15 @@ def commit_figures(bench: Bench, prefix: int) -> list[Figure]:
     figures = [
         Figure(
             key=f"commit@{prefix}",
-            title="extra for the commit in a canvas's first pass",
+            title="extra for the commit in a first pass",
             value=extra,
             unit="ms",
             milliseconds=extra,
             device_milliseconds=None if both_device is None or plain_device is None else both_device - plain_device,
             work=Work(work.bytes - first.bytes, work.flops - first.flops),
             limit=bench.limit(work) - bench.limit(first),
+            also=(extra / typical(later), "steps"),
             detail={
-                "steps": extra / typical(later),
                 "joined_pass": typical(both),
                 "plain_first_pass": typical(plain),
                 "commit_alone": typical(alone),
@@ -241,9 +243,9 @@ def prefix_figure(bench: Bench, prefix: int, base: int) -> Figure:
     short = denoise_step(bench, base)
     long = denoise_step(bench, prefix)
     work = bench.pass_of(step_rows(bench.rig.config, prefix))
-    detail: dict[str, Detail] = {f"times_step_at_{base}": typical(long.later) / typical(short.later)}
+    also = (typical(long.later) / typical(short.later), f"steps at {base}")
     title = f"denoise step, prefix {prefix}"
-    return bench.figure(f"prefix@{prefix}", title, long.later, work, device=long.device, detail=detail)
+    return bench.figure(f"prefix@{prefix}", title, long.later, work, device=long.device, also=also)
 
 
 def slots_figure(bench: Bench, slots: int, prefix: int) -> Figure:
@@ -251,8 +253,8 @@ def slots_figure(bench: Bench, slots: int, prefix: int) -> Figure:
     passes = denoise_step(bench, prefix, slots=slots)
     work = bench.pass_of(step_rows(bench.rig.config, prefix, slots=slots))
     title = f"denoise step of {slots} canvas{'es' if slots > 1 else ''}, prefix {prefix}"
-    each: dict[str, Detail] = {"milliseconds_a_canvas": typical(passes.later) / slots}
-    return bench.figure(f"slots@{slots}", title, passes.later, work, device=passes.device, detail=each)
+    each = (typical(passes.later) / slots, "ms a canvas")
+    return bench.figure(f"slots@{slots}", title, passes.later, work, device=passes.device, also=each)
 
 
 def beside_figure(bench: Bench, prompt: int, prefix: int) -> Figure:
@@ -281,5 +283,6 @@ def beside_figure(bench: Bench, prompt: int, prefix: int) -> Figure:
         "slowest": max(laps),
         "prompt_seconds": sum(laps) / 1000,
     }
+    also = (typical(laps) / typical(alone.later), "steps alone")
     title = f"denoise step while a prompt of {prompt} comes in"
-    return bench.figure(f"beside@{prompt}", title, laps, each, detail=detail)
+    return bench.figure(f"beside@{prompt}", title, laps, each, also=also, detail=detail)

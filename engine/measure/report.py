@@ -14,15 +14,17 @@ from engine.measure.roofline import pass_work, step_rows, total
 from engine.memory_plan import plan_memory
 from engine.shapes import Shape, format_choice
 
-COLUMNS = ("figure", "", "device ms", "limit ms", "reached", "GB", "TFLOP")
+COLUMNS = ("figure", "", "or", "device ms", "limit ms", "reached", "GB", "TFLOP")
 
 
 def cells(figure: Figure) -> tuple[str, ...]:
-    """One figure, by COLUMNS: what, how much, the device's time, the roofline, the share of it, bytes, operations."""
+    """One figure, by COLUMNS: what, how much, the same in another unit, the device's time, the roofline, the share of
+    it that is reached, bytes, operations."""
     work = figure.work
     return (
         figure.title,
-        f"{shown(figure.value)} {figure.unit}".strip() if figure.value is not None else f"- ({figure.note})",
+        "-" if figure.value is None else f"{shown(figure.value)} {figure.unit}",
+        figure.note or ("" if figure.also is None else f"{shown(figure.also[0])} {figure.also[1]}"),
         shown(figure.device_milliseconds),
         shown(figure.limit),
         "-" if figure.share is None else f"{100 * figure.share:.0f} %",
@@ -33,8 +35,8 @@ def cells(figure: Figure) -> tuple[str, ...]:
 
 def line(row: Sequence[str]) -> str:
     """Cells as one line of fixed columns."""
-    first, second, *others = row
-    return f"{first:<52}{second:>16}" + "".join(f"{cell:>11}" for cell in others)
+    first, second, third, *others = row
+    return f"{first:<52}{second:>16}{third:>24}" + "".join(f"{cell:>11}" for cell in others)
 
 
 def profile_lines(rows: Iterable[dict[str, Detail]], most: int = 40) -> list[str]:

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
 
 import torch
 
@@ -99,8 +98,10 @@ class FormatBench:
             "parameters": checkpoint.parameters,
         }
         self._memory.begin()
-        yield from self._one_slot(checkpoint)
-        if {"prefill", "prefix", "beside"} & set(self._options.only):
+        wanted = set(self._options.only)
+        if {"start", "step", "commit", "first-text", "memory"} & wanted or self._options.profile:
+            yield from self._one_slot(checkpoint)
+        if {"prefill", "prefix", "beside"} & wanted:
             yield from self._long(checkpoint)
         for slots in self._options.slots:  # an engine each, so that the largest that fits is measured too
             yield from self._group("slots", f"slots@{slots}", partial(self._slots_figure, checkpoint, slots))
@@ -156,6 +157,7 @@ class FormatBench:
         rig.commit(rig.ids(context - size))
         rig.open()
         rig.step()
+        rig.open()
         rig.step(commit=(rig.ids(size), 0))
         return self._memory.figure(checkpoint.weight_bytes, context)
 
@@ -277,6 +279,12 @@ def _facts(options: BenchOptions, device: torch.device, dtype: torch.dtype, kern
         "capability": list(torch.cuda.get_device_capability(device)) if gpu else None,
         "memory_bytes": torch.cuda.get_device_properties(device).total_memory if gpu else None,
         "torch": torch.__version__,
-        "triton": version("triton") if gpu else None,
+        "triton": _triton() if gpu else None,
         "cuda": torch.version.cuda,
     }
+
+
+def _triton() -> str:
+    import triton  # deferred: a machine without a GPU need not have it
+
+    return str(triton.__version__)

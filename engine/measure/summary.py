@@ -24,18 +24,18 @@ def summary(documents: Sequence[dict[str, Any]]) -> list[str]:
         found = [run["figures"].get(key) for run in runs]
         title = next(figure["title"] for figure in found if figure is not None)
         lines.append(f"| {title} | " + " | ".join(map(_cell, found)) + " |")
-        for part, name in (("steps", "the same, in steps"), ("tokens_per_second", "the same, in tokens/s")):
-            values = [figure.get(part) if figure else None for figure in found]
-            if any(value is not None for value in values):
-                lines.append(f"| {name} | " + " | ".join(map(shown, values)) + " |")
     return lines
 
 
 def _cell(figure: dict[str, Any] | None) -> str:
     if figure is None or figure["value"] is None:
         return "-"
+    also = figure["also"]
+    value = f"{shown(figure['value'])} {figure['unit']}"
+    if also is not None:
+        value += f" = {shown(also['value'])} {also['unit']}"
     share = (figure["roofline"] or {}).get("share")
-    return f"{shown(figure['value'])} {figure['unit']}" + (f" ({100 * share:.0f} %)" if share else "")
+    return value + (f" ({100 * share:.0f} %)" if share else "")
 
 
 def main(paths: Sequence[str]) -> int:
