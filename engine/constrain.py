@@ -19,6 +19,7 @@ Shapes: C canvas.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 from engine.canvas import Canvas
 from engine.denoise import Denoiser
@@ -36,6 +37,7 @@ class Guide:
         self._denoiser = denoiser
         self._canvas_length = denoiser.canvas_length
         self._pinned = 0  # positions of the open canvas, from its first on; the constraint stands behind them
+        self._ahead = 0  # so many ids of the open canvas the constraint has moved on by
         self._previous: list[int] = []  # the argmax of the pass before
         self._unchanged = 0  # passes in a row that left what counts of it as it was
 
@@ -44,8 +46,14 @@ class Guide:
 
         Raises ConstraintError.
         """
-        self._pinned, self._previous, self._unchanged = 0, [], 0
+        self._previous, self._unchanged = [], 0
         self._pin(canvas, *self._with_forced([]))
+
+    def leave(self) -> None:
+        """The canvas is given up, and perhaps the reply: the constraint goes back to where it was opened."""
+        with suppress(ConstraintError):  # one that failed is not used again
+            self._constraint.rollback(self._ahead)
+        self._pinned = self._ahead = 0
 
     def follow(self, canvas: Canvas) -> None:
         """A pass over the canvas is done: pin what is to be pinned, end it if that is all. Raises ConstraintError."""
@@ -56,7 +64,7 @@ class Guide:
         if not complete:
             self._unchanged = 0
         elif self._sure(canvas, best[: at + 1], entropy[: at + 1]):
-            self._denoiser.finish(canvas)
+            self._finish(canvas)
             return
         stuck = not complete and self._decided(canvas, best[: at + 1], entropy[:at])
         self._constraint.rollback(walked)
@@ -152,5 +160,10 @@ class Guide:
             self._denoiser.pin(canvas, self._pinned, ids)
             self._previous[self._pinned : self._pinned + len(ids)] = ids
             self._pinned += len(ids)
+            self._ahead += len(ids) - ended
         if ended or self._pinned == self._canvas_length:
-            self._denoiser.finish(canvas)
+            self._finish(canvas)
+
+    def _finish(self, canvas: Canvas) -> None:
+        self._denoiser.finish(canvas)
+        self._pinned = self._ahead = 0

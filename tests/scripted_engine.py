@@ -6,7 +6,6 @@ Knows the engine's parts; no weights. Invariant: logits are a function of the co
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,36 +14,56 @@ from engine.config import GenerationDefaults
 from engine.engine import DiffusionEngine
 from engine.interface import EngineInfo
 from engine.kernels.reference_output import Draw, Reading, read_logits
+from engine.kv_cache import KVCache
+from engine.pages import PagePool, pages_of_a_slot
+from engine.prefix_cache import PrefixCache
 
 Choose = Callable[[list[int], Tensor], Tensor]  # committed ids, canvas int64 [C] -> logits float32 [C, V]
 
+WINDOW, CHUNK = 100, 512
 
-@dataclass
-class ListCache:
-    """A KV cache that keeps the ids themselves."""
 
-    ids: list[int] = field(default_factory=list)
+class NoMemory:
+    """Pages without contents: what is in them is known from the ids."""
 
-    def reset(self) -> None:
-        self.ids.clear()
+    def copy_page(self, kind: str, source: int, target: int) -> None: ...
+
+    def wipe_page(self, kind: str, page: int) -> None: ...
+
+
+def bare_caches(slots: int, context: int, canvas_length: int) -> list[KVCache]:
+    """Slots without tensors."""
+    counts = pages_of_a_slot(capacity=context, window=WINDOW, ahead=CHUNK + canvas_length)
+    prefixes = PrefixCache({kind: PagePool(slots * count) for kind, count in counts.items()}, WINDOW)
+    return [KVCache(prefixes, NoMemory(), context) for _ in range(slots)]
 
 
 class Plan:
     """As much of a PassPlan as the loop looks at, and what the model needs."""
 
     def __init__(
-        self, commits: Sequence[tuple[Sequence[int], ListCache]], canvases: Sequence[tuple[int, ListCache]]
+        self,
+        commits: Sequence[tuple[Sequence[int], KVCache]],
+        canvases: Sequence[tuple[int, KVCache]],
+        canvas_length: int,
     ) -> None:
         self.commits, self.canvases = commits, canvases
+        for ids, cache in commits:
+            cache.reserve(len(ids))
+        for _, cache in canvases:
+            cache.reserve(len(self._coming(cache)) + canvas_length)
         self.slots = torch.tensor([slot for slot, _ in canvases], dtype=torch.int64)
         self.layout = (len(commits), len(canvases))
 
-    def prefix(self, cache: ListCache) -> list[int]:
-        return cache.ids + [token_id for ids, owner in self.commits if owner is cache for token_id in ids]
+    def _coming(self, cache: KVCache) -> list[int]:
+        return [token_id for ids, owner in self.commits if owner is cache for token_id in ids]
+
+    def prefix(self, cache: KVCache) -> list[int]:
+        return list(cache.ids) + self._coming(cache)
 
     def advance(self) -> None:
         for ids, cache in self.commits:
-            cache.ids.extend(ids)
+            cache.advance(len(ids))
 
 
 class Model:
@@ -52,15 +71,14 @@ class Model:
 
     softcap = 1000.0
 
-    def __init__(self, choose: Choose, vocab_size: int) -> None:
+    def __init__(self, choose: Choose, canvas_length: int, vocab_size: int) -> None:
         self.choose = choose
+        self.canvas_length = canvas_length
         self.vocab_size = vocab_size
         self.passes = 0
 
-    def plan(
-        self, commits: Sequence[tuple[Sequence[int], ListCache]], canvases: Sequence[tuple[int, ListCache]]
-    ) -> Plan:
-        return Plan(commits, canvases)
+    def plan(self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[tuple[int, KVCache]]) -> Plan:
+        return Plan(commits, canvases, self.canvas_length)
 
     def forward(self, plan: Plan, canvas: Tensor | None, soft: Tensor | None) -> Tensor | None:
         if canvas is None:
@@ -116,12 +134,12 @@ def scripted_engine(
         pad_id=0,
     )
     return DiffusionEngine(
-        Model(choose, vocab_size),  # type: ignore[arg-type]
-        [ListCache() for _ in range(slots)],  # type: ignore[misc]
+        Model(choose, canvas_length, vocab_size),  # type: ignore[arg-type]
+        bare_caches(slots, context, canvas_length),
         schedule,
         info,
         max_waiting=64,
-        commit_chunk=512,
+        commit_chunk=CHUNK,
     )
 
 

@@ -341,6 +341,6 @@ def export(model: TrainingModel, folder: Path) -> None:
     oracle.generation_config = DiffusionGemmaGenerationConfig(
         max_new_tokens=256, max_denoising_steps=48, t_min=0.4, t_max=0.8, stability_threshold=1,
         confidence_threshold=0.005, sampler_config=EntropyBoundSamplerConfig(entropy_bound=0.1),
-        pad_token_id=0, bos_token_id=2, eos_token_id=[1, 106, 50],
+        pad_token_id=1, bos_token_id=2, eos_token_id=[1, 106, 50],
     )  # fmt: skip
     oracle.to(torch.bfloat16).save_pretrained(folder, max_shard_size="14MB")

@@ -217,6 +217,33 @@ def test_constrained_and_free_replies_share_passes() -> None:
     assert found == {"free": [30, 10, 10, 10, 10, 10], "held": [20, 10, 10, 10, 10, 10]}
 
 
+def test_a_reply_that_lost_its_slot_goes_on_where_it_was() -> None:
+    """Its canvas was pinned in part; the new one begins where the given up one began."""
+    allowed = free(20, 21, length=10)
+    subject = engine(babble(V), slots=2)
+    constraints = {name: free(20, 21, length=10) for name in ("first", "second")}
+    for name, constraint in constraints.items():
+        subject.submit(
+            GenerationRequest(
+                id=name,
+                prompt_ids=(5,),
+                max_tokens=40,
+                sampling=Sampling(seed=1),
+                constraint=constraint,
+            )
+        )
+    found: dict[str, list[int]] = {"first": [], "second": []}
+    while subject.has_work:
+        guide = subject._seating.seats[1].guide
+        if subject.stats().preemptions == 0 and guide is not None and guide._ahead:
+            subject._seating.vacate(subject._scheduler.preempt())  # as if the memory had run out
+        for event in subject.step():
+            if isinstance(event, CanvasDone):
+                found[event.request_id] += event.token_ids
+    assert subject.stats().preemptions == 1
+    assert all(tuple(ids) in allowed.sequences for ids in found.values())
+
+
 def test_a_ban_gives_way_to_the_constraint() -> None:
     sampling = Sampling(seed=1, logit_bias=((20, -100.0), (21, -100.0)))
     subject = engine(babble(V))
