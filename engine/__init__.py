@@ -1,27 +1,52 @@
 """The engine: token ids in, token ids out. Import only from here; no torch is imported until `build_engine` runs."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 from engine.config import load_model_config, published_config
 from engine.formats import layout
 from engine.interface import (
+    MAX_DENOISING_STEPS,
+    MAX_LOGPROBS,
     CanvasDone,
+    CanvasRead,
+    CanvasRequest,
     CheckpointError,
+    Constraint,
+    ConstraintError,
     Engine,
     EngineError,
     EngineInfo,
     EngineOptions,
+    EngineStats,
     Event,
     Finished,
     FinishReason,
     GenerationRequest,
+    PoolStats,
     QueueFull,
+    Request,
     RequestTooLong,
     Sampling,
+    Schedule,
+    TokenLogprobs,
     Usage,
 )
-from engine.memory_plan import CARDS, MemoryPlan, plan_memory, plans, usable
+from engine.measure.figure import Detail, Document, Figure
+from engine.measure.options import GROUPS as BENCH_GROUPS
+from engine.measure.options import BenchOptions
+from engine.measure.options import check as _check_bench
+from engine.measure.report import COLUMNS as FIGURE_COLUMNS
+from engine.measure.report import cells as figure_cells
+from engine.measure.report import computed_lines, profile_lines, shown
+from engine.measure.report import computed_steps as _computed_steps
+from engine.memory_plan import CARDS, MemoryPlan, Pools, plan_memory, plans, usable
 from engine.quantization_config import load_quantization
+from engine.shapes import FORMAT_CHOICES, shape_of
+from engine.shapes import SHAPES as _SHAPES
+
+BENCH_FORMATS = tuple(FORMAT_CHOICES)
+SHAPES = tuple(_SHAPES)
 
 
 def build_engine(options: EngineOptions) -> Engine:
@@ -29,6 +54,27 @@ def build_engine(options: EngineOptions) -> Engine:
     from engine.engine import DiffusionEngine  # deferred: imports torch
 
     return DiffusionEngine.from_options(options)
+
+
+def build_random_engine(shape: str, form: str, options: EngineOptions, *, seed: int = 0) -> Engine:
+    """A ready engine of random weights: `shape` one of SHAPES, `form` one of BENCH_FORMATS. Raises EngineError."""
+    from engine.engine import DiffusionEngine  # deferred: imports torch
+
+    return DiffusionEngine.from_random(shape, form, options, seed=seed)
+
+
+def bench_shape(options: BenchOptions) -> Iterator[Document]:
+    """Measure a model of random weights; yields the same growing document after every figure. Raises EngineError."""
+    _check_bench(options)
+    from engine.measure.run import bench  # deferred: imports torch
+
+    return bench(options)
+
+
+def computed_steps(options: BenchOptions) -> list[dict[str, Detail]]:
+    """The least time of a denoise step on cards that are not here, one row a card and format. Raises EngineError."""
+    _check_bench(options)
+    return _computed_steps(shape_of(options.shape), options.formats, options.prompts[0])
 
 
 def quantize_checkpoint(
@@ -64,25 +110,52 @@ def stored_format(folder: str) -> str | None:
 
 
 __all__ = [
+    "BENCH_FORMATS",
+    "BENCH_GROUPS",
     "CARDS",
+    "FIGURE_COLUMNS",
+    "MAX_DENOISING_STEPS",
+    "MAX_LOGPROBS",
+    "SHAPES",
+    "BenchOptions",
     "CanvasDone",
+    "CanvasRead",
+    "CanvasRequest",
     "CheckpointError",
+    "Constraint",
+    "ConstraintError",
+    "Detail",
+    "Document",
     "Engine",
     "EngineError",
     "EngineInfo",
     "EngineOptions",
+    "EngineStats",
     "Event",
+    "Figure",
     "FinishReason",
     "Finished",
     "GenerationRequest",
     "MemoryPlan",
+    "PoolStats",
+    "Pools",
     "QueueFull",
+    "Request",
     "RequestTooLong",
     "Sampling",
+    "Schedule",
+    "TokenLogprobs",
     "Usage",
+    "bench_shape",
     "build_engine",
+    "build_random_engine",
+    "computed_lines",
+    "computed_steps",
+    "figure_cells",
     "memory_plans",
+    "profile_lines",
     "quantize_checkpoint",
+    "shown",
     "stored_format",
     "usable",
 ]

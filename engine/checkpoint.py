@@ -35,7 +35,7 @@ from engine.config import (
 )
 from engine.formats import SCHEMES, Choice, Format, Layout, Piece, layout
 from engine.interface import CheckpointError
-from engine.kernels.weights import Weight, nbytes, shape
+from engine.kernels.weights import Weight, nbytes, plain, shape
 from engine.quantization_config import load_quantization
 from engine.quantize import CHUNK, allocate, parts_of, quantize
 
@@ -56,6 +56,16 @@ class Checkpoint:
     generation: GenerationDefaults
     tensors: Mapping[str, Weight]
     format: str  # of the experts: "fp8", "nvfp4" or "int4"; if nothing is quantised "bf16" or "fp32", as stored
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return plain(self.tensors["embedding"]).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what is not quantised, and what the model computes in."""
+        return plain(self.tensors["embedding"]).dtype
 
     @property
     def parameters(self) -> int:

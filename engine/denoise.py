@@ -20,25 +20,25 @@ Shapes: S slots, n canvases of a pass, C canvas, P passes, M hidden, V vocabular
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from engine import sampler
+from engine.bias import Bias
+from engine.canvas import Canvas, Flags, resolve
 from engine.config import GenerationDefaults
 from engine.graphs import Graphs
-from engine.interface import Sampling
-from engine.kernels.reference_output import Draw, Reading
+from engine.interface import MAX_DENOISING_STEPS, Sampling, Schedule, TokenLogprobs
+from engine.kernels.reference_output import Draw, Reading, log_probabilities
 from engine.kv_cache import KVCache
 from engine.plan import PassPlan
 from engine.rng import canvas_noise
 
 ATTEMPTS = 2  # the first draw and one re-draw
-
-CanvasState = Literal["open", "done", "unconverged", "non-finite"]
 
 
 class Model(Protocol):
@@ -56,33 +56,8 @@ class Model(Protocol):
 
     def embed(self, ids: Tensor) -> Tensor: ...
 
-
-@dataclass
-class Canvas:
-    """The host's side of one canvas being denoised. Change it through `Denoiser` only."""
-
-    slot: int
-    index: int  # 0-based number within the reply
-    sampling: Sampling
-    guided: bool = False  # ended by `Denoiser.finish` only: neither by the stop rule nor by running out of passes
-    pinned: bool = False  # some position is held
-    settled: bool = False  # the last pass met the model's own stop rule
-    attempt: int = 0
-    passes: int = 0  # of this attempt
-    steps: int = 0  # passes of all attempts
-    state: CanvasState = "open"
-    result: tuple[int, ...] = field(default=())  # the argmax, once state is "done"
-
     @property
-    def just_redrawn(self) -> bool:
-        """True between the pass that used up the first attempt and the next one."""
-        return self.attempt > 0 and self.passes == 0
-
-    @property
-    def shaped(self) -> bool:
-        """Whether the request asks for another draw than the model's own."""
-        sampling = self.sampling
-        return (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p) != (1.0, 0, 1.0, 0.0)
+    def softcap(self) -> float: ...
 
 
 class Denoiser:
@@ -107,10 +82,8 @@ class Denoiser:
         self._canvas_length = canvas_length
         self._vocab_size = vocab_size
         self._device = device
-        passes = schedule.max_denoising_steps
-        self._temperatures = torch.tensor(
-            [sampler.temperature_at(step, schedule) for step in range(1, passes + 1)], device=device
-        )
+        self._tables: dict[int, Tensor] = {}  # of temperatures, by the number of passes
+        passes = max(schedule.max_denoising_steps, MAX_DENOISING_STEPS)
         shape = (slots, canvas_length)
 
         def state(*sizes: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -120,22 +93,47 @@ class Denoiser:
         self._best = state(*shape)  # argmax of the last pass; -1 before the first
         self._entropy = state(*shape, dtype=torch.float32)  # of the last pass
         self._pins = state(*shape) - 1  # the id a position is held at; -1 = free
+        self._kept = state(*shape, dtype=torch.bool)  # accepted in the last pass
         self._passes, self._unchanged = state(slots), state(slots)
+        self._temperatures = state(slots, passes, dtype=torch.float32)  # by pass
+        self._entropy_bound, self._confidence = (state(slots, dtype=torch.float32) for _ in range(2))
+        self._stability = state(slots)
         self._noise_ids = state(slots, passes + 1, canvas_length)
         self._uniforms = state(slots, passes + 1, canvas_length, dtype=torch.float32)
         self._request_temperature, self._top_p, self._min_p = (state(slots, dtype=torch.float32) for _ in range(3))
         self._top_k = state(slots, dtype=torch.int32)
         self._finished = state(2, slots, dtype=torch.bool)  # of a pass's canvases, in order: done; finite
+        self._bias = Bias(slots, vocab_size, schedule, device)
         # made by the first pass, which knows size and dtype, and never again
         self._soft: Tensor | None = None  # [S, C, M], the expected embedding under the last pass; 0 before the first
         self._outputs: dict[Hashable, Tensor] = {}  # logits [n, C, V] by kind of pass; overwritten by the next pass
         self._logits: Tensor | None = None  # those of the last pass
         self._rows: dict[int, int] = {}  # which of them are a slot's
+        self._last: tuple[PassPlan, tuple[Canvas, ...]] | None = None  # the last pass's plan, if it committed nothing
 
-    def open(self, slot: int, sampling: Sampling, index: int, *, guided: bool = False) -> Canvas:
-        """A fresh canvas of noise in a slot: number `index` of its reply."""
-        canvas = Canvas(slot=slot, index=index, sampling=sampling, guided=guided)
+    def open(
+        self,
+        slot: int,
+        sampling: Sampling,
+        index: int,
+        *,
+        schedule: Schedule | None = None,
+        logprobs: int | None = None,
+        said: Mapping[int, int] | None = None,
+        guided: bool = False,
+    ) -> Canvas:
+        """A fresh canvas of noise in a slot: number `index` of its reply. `said`: how often each id occurred in it."""
+        chosen = resolve(schedule or Schedule(), self._schedule)
+        canvas = Canvas(slot=slot, index=index, sampling=sampling, schedule=chosen, logprobs=logprobs, guided=guided)
         self._pins[slot] = -1
+        self._temperatures[slot, : chosen.max_denoising_steps] = self._table(chosen.max_denoising_steps)
+        self._entropy_bound[slot] = chosen.entropy_bound
+        self._confidence[slot] = chosen.confidence_threshold
+        self._stability[slot] = chosen.stability_threshold
+        if canvas.biased:
+            self._bias.set(slot, sampling, said or {})
+        else:
+            self._bias.clear(slot)
         self._request_temperature[slot] = sampling.temperature
         self._top_p[slot] = sampling.top_p
         self._min_p[slot] = sampling.min_p
@@ -155,15 +153,31 @@ class Denoiser:
         ValueError, with nothing changed, if ids do not fit a slot's capacity.
         """
         slots = [canvas.slot for canvas in canvases]
-        plan = self._model.plan(commits, list(zip(slots, caches, strict=True)))
-        shaped, pinned = (any(getattr(canvas, name) for canvas in canvases) for name in ("shaped", "pinned"))
-        kind = (plan.layout, shaped, pinned)
-        self._graphs.run(kind, lambda: self._pass(plan, shaped=shaped, pinned=pinned))
+        plan = self._plan(canvases, caches, commits)
+        flags = Flags.of(canvases)
+        kind = (plan.layout, flags)
+        self._graphs.run(kind, lambda: self._pass(plan, flags))
         finished = self._finished[:, : len(canvases)].tolist() if canvases else ((), ())  # all that the host waits for
         plan.advance()
         self._logits, self._rows = self._outputs.get(kind), {slot: row for row, slot in enumerate(slots)}
         for canvas, done, finite in zip(canvases, *finished, strict=True):
             self._advance(canvas, done=done, finite=finite)
+
+    def _plan(
+        self,
+        canvases: Sequence[Canvas],
+        caches: Sequence[KVCache],
+        commits: Sequence[tuple[Sequence[int], KVCache]],
+    ) -> PassPlan:
+        """The plan of a pass; that of the last one if the same canvases go on and nothing is committed: while a canvas
+        is open its prefix stays what it was."""
+        if self._last is not None and not commits:
+            plan, seen = self._last
+            if len(seen) == len(canvases) and all(one is other for one, other in zip(seen, canvases, strict=True)):
+                return plan
+        plan = self._model.plan(commits, [(canvas.slot, cache) for canvas, cache in zip(canvases, caches, strict=True)])
+        self._last = None if commits else (plan, tuple(canvases))
+        return plan
 
     def pin(self, canvas: Canvas, start: int, token_ids: Sequence[int]) -> None:
         """Hold the positions from `start` on at `token_ids`, from now on and in every redraw."""
@@ -178,6 +192,35 @@ class Denoiser:
         if self._soft is not None:
             self._soft[where] = self._model.embed(ids)
 
+    def move(self, canvas: Canvas, source: int, target: int) -> None:
+        """Let what stands from `source` on stand from `target` on instead; where nothing moves to is noise again."""
+        slot = canvas.slot
+        come_from = torch.arange(target, self._canvas_length, device=self._device) + (source - target)
+        known = come_from < self._canvas_length
+        come_from.clamp_(max=self._canvas_length - 1)
+        noise = self._noise_ids[slot, canvas.passes, target:]
+        self._ids[slot, target:] = torch.where(known, self._ids[slot, come_from], noise)
+        self._best[slot, target:] = torch.where(known, self._best[slot, come_from], -1)
+        if self._soft is not None:
+            self._soft[slot, target:] = self._soft[slot, come_from] * known[:, None]
+
+    @property
+    def canvas_length(self) -> int:
+        """Positions of a canvas."""
+        return self._canvas_length
+
+    @property
+    def pad_id(self) -> int:
+        """The id that fills a canvas behind the end of a reply."""
+        return self._schedule.pad_id
+
+    def renoise(self, canvas: Canvas, position: int, avoid: Collection[int]) -> None:
+        """Begin a position of a new canvas with the first of its noise that is none of `avoid`."""
+        column = self._noise_ids[canvas.slot, : canvas.schedule.max_denoising_steps + 1, position].tolist()
+        others = (token_id for token_id in range(self._vocab_size) if token_id not in avoid)
+        noise = next((token_id for token_id in column if token_id not in avoid), None)
+        self._ids[canvas.slot, position] = next(others) if noise is None else noise
+
     def found(self, canvas: Canvas) -> tuple[list[int], list[float]]:
         """The argmax and the entropy in nats of every position after the last pass; pins count as found, and sure."""
         return self._best[canvas.slot].tolist(), self._entropy[canvas.slot].tolist()
@@ -189,14 +232,41 @@ class Denoiser:
         """
         assert self._logits is not None, "there was a pass with a guided canvas"
         row = self._logits[self._rows[canvas.slot], position].float()
+        if canvas.biased:
+            cap = self._model.softcap
+            row = row.div(cap).tanh().mul(cap) + self._bias.rows(torch.tensor([canvas.slot], device=self._device))[0]
         words = torch.frombuffer(bytearray(allowed), dtype=torch.int32).to(self._device)
         ids = torch.arange(self._vocab_size, device=self._device)
         banned = (words[ids >> 5] >> (ids & 31)) & 1 == 0
+        row.clamp_(min=torch.finfo(row.dtype).min)  # a request may ban what the constraint demands: that wins
         return int(row.masked_fill(banned, -torch.inf).argmax())
+
+    def logprobs(self, canvas: Canvas) -> tuple[TokenLogprobs, ...]:
+        """How likely the last pass found the ids of a canvas that asked and is done, and the likeliest, C entries."""
+        if canvas.steps == 0:  # pinned whole without one
+            return (TokenLogprobs(0.0, ()),) * len(canvas.result)
+        assert self._logits is not None and canvas.logprobs is not None, "there was a pass, and the canvas asked"
+        found = log_probabilities(self._logits[self._rows[canvas.slot]], self._model.softcap)
+        ids = torch.tensor(canvas.result, device=self._device)
+        own = found.gather(-1, ids[:, None])[:, 0].tolist()
+        values, indices = (part.tolist() for part in found.topk(min(canvas.logprobs, self._vocab_size), dim=-1))
+        return tuple(
+            TokenLogprobs(each, tuple(zip(which, what, strict=True)))
+            for each, which, what in zip(own, indices, values, strict=True)
+        )
+
+    def logprobs_of(self, canvas: Canvas, places: Sequence[tuple[int, Sequence[int]]]) -> tuple[tuple[float, ...], ...]:
+        """The same of any ids at some positions of the canvas: (position, ids)."""
+        assert self._logits is not None, "there was a pass"
+        if not places:
+            return ()
+        rows = self._logits[self._rows[canvas.slot]][[position for position, _ in places]]
+        found = log_probabilities(rows, self._model.softcap)
+        return tuple(tuple(row[list(ids)].tolist()) for row, (_, ids) in zip(found, places, strict=True))
 
     def passes_left(self, canvas: Canvas) -> int:
         """How many passes the schedule has left for this attempt."""
-        return self._schedule.max_denoising_steps - canvas.passes
+        return canvas.schedule.max_denoising_steps - canvas.passes
 
     def finish(self, canvas: Canvas) -> None:
         """End a guided canvas: what was found last, pins included, is its result."""
@@ -204,29 +274,38 @@ class Denoiser:
         found = torch.where(self._pins[canvas.slot] < 0, self._best[canvas.slot], self._pins[canvas.slot])
         canvas.result = tuple(found.clamp(min=0).tolist())
 
-    def _pass(self, plan: PassPlan, *, shaped: bool, pinned: bool) -> None:
-        """All of a pass that happens on the device: reads the plan and the slots' state, changes that state only.
+    def _table(self, steps: int) -> Tensor:
+        """The temperature of each pass of a schedule of so many: float32 [steps]."""
+        if steps not in self._tables:
+            schedule = replace(self._schedule, max_denoising_steps=steps)
+            values = [sampler.temperature_at(step, schedule) for step in range(1, steps + 1)]
+            self._tables[steps] = torch.tensor(values, device=self._device)
+        return self._tables[steps]
 
-        `shaped` and `pinned` are known to the host: some row is drawn in another way, some position is held.
-        """
+    def _pass(self, plan: PassPlan, flags: Flags) -> None:
+        """All of a pass that happens on the device: reads the plan and the slots' state, changes that state only."""
         slots = plan.slots
         if not slots.shape[0]:
             self._model.forward(plan, None, None)
             return
         logits = self._model.forward(plan, self._ids[slots], None if self._soft is None else self._soft[slots])
         assert logits is not None, "there were canvases"
-        self._outputs[plan.layout, shaped, pinned] = logits
-        draw, pins = self._draw(slots, shaped=shaped), self._pins[slots] if pinned else None
+        self._outputs[plan.layout, flags] = logits
+        draw, pins = self._draw(slots, shaped=flags.shaped), self._pins[slots] if flags.pinned else None
         found = []
         for index, rows in enumerate(logits):  # one after the other: the probabilities of one canvas are 134 MB
-            reading = self._model.read(rows, _rows_of(draw, index, self._canvas_length))
+            slot = slots[index : index + 1]
+            if flags.penalised:
+                rows = self._bias.penalise(rows, slot, self._ids[slot], self._kept[slot], self._model.softcap)
+            own = _rows_of(draw, index, self._canvas_length)
+            reading = self._model.read(rows, replace(own, bias=self._bias.rows(slot)) if flags.biased else own)
             soft = self._model.embed_soft(reading.probabilities)
             if pins is not None:
                 reading = sampler.hold(reading, pins[index])
                 soft = torch.where(pins[index, :, None] < 0, soft, self._model.embed(pins[index].clamp(min=0)))
             if self._soft is None:
                 self._soft = soft.new_zeros(*self._ids.shape, soft.shape[-1])
-            self._soft[slots[index : index + 1]] = soft
+            self._soft[slot] = soft
             found.append((reading.best, reading.entropy, reading.drawn))
         self._update(slots, *(torch.stack(parts) for parts in zip(*found, strict=True)))
 
@@ -238,7 +317,7 @@ class Denoiser:
             return values.repeat_interleave(self._canvas_length)
 
         return Draw(
-            temperature=rows(self._temperatures[passes]),
+            temperature=rows(self._temperatures[slots, passes]),
             request_temperature=rows(self._request_temperature[slots]),
             top_k=rows(self._top_k[slots]),
             top_p=rows(self._top_p[slots]),
@@ -250,8 +329,11 @@ class Denoiser:
     def _update(self, slots: Tensor, best: Tensor, entropy: Tensor, drawn: Tensor) -> None:
         """The state of the slots int [n] after a pass that found best, entropy and drawn [n, C]."""
         passes = self._passes[slots]
-        verdict = sampler.judge(best, entropy, self._best[slots], self._unchanged[slots], self._schedule)
-        kept = sampler.accept(entropy, self._schedule.entropy_bound)
+        verdict = sampler.judge(
+            best, entropy, self._best[slots], self._unchanged[slots], self._confidence[slots], self._stability[slots]
+        )
+        kept = sampler.accept(entropy, self._entropy_bound[slots])
+        self._kept[slots] = kept
         self._ids[slots] = torch.where(kept, drawn, self._noise_ids[slots, passes + 1])
         self._best[slots] = best
         self._entropy[slots] = entropy
@@ -271,7 +353,7 @@ class Denoiser:
         elif done:
             canvas.state = "done"
             canvas.result = tuple(self._best[canvas.slot].tolist())
-        elif canvas.passes == self._schedule.max_denoising_steps:
+        elif canvas.passes == canvas.schedule.max_denoising_steps:
             if canvas.attempt + 1 == ATTEMPTS:
                 canvas.state = "unconverged"
                 return
@@ -286,15 +368,17 @@ class Denoiser:
             canvas.sampling.seed,
             canvas=canvas.index,
             attempt=canvas.attempt,
-            passes=self._schedule.max_denoising_steps,
+            passes=canvas.schedule.max_denoising_steps,
             canvas_length=self._canvas_length,
             vocab_size=self._vocab_size,
             device=self._device,
         )
-        self._noise_ids[slot], self._uniforms[slot] = noise.ids, noise.uniforms
+        rows = slice(canvas.schedule.max_denoising_steps + 1)
+        self._noise_ids[slot, rows], self._uniforms[slot, rows] = noise.ids, noise.uniforms
         self._ids[slot] = torch.where(self._pins[slot] < 0, noise.ids[0], self._pins[slot])
         self._best[slot] = -1
         self._passes[slot] = self._unchanged[slot] = 0
+        self._kept[slot] = False
         if self._soft is not None:
             self._soft[slot] = 0
 

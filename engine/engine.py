@@ -13,52 +13,57 @@ positions, but are neither delivered nor committed, so no memory is needed for t
 from __future__ import annotations
 
 import logging
-import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from engine.checkpoint import plan_checkpoint, read_checkpoint
+from engine import held_canvas
+from engine.assemble import assemble, choose_kernels
+from engine.canvas import Canvas
+from engine.check_request import check_request
+from engine.checkpoint import Checkpoint, plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
-from engine.denoise import Canvas, Denoiser, Model
+from engine.constrain import Guide
+from engine.denoise import Denoiser, Model
 from engine.formats import choose
 from engine.interface import (
+    CanvasRequest,
+    ConstraintError,
     EngineError,
     EngineInfo,
     EngineOptions,
+    EngineStats,
     Event,
-    GenerationRequest,
+    Request,
 )
 from engine.kv_cache import KVCache, KVPool
-from engine.model.gemma4 import DiffusionGemma
 from engine.options import (
-    OP_SETS,
     check_options,
-    choose_context,
     choose_device,
     choose_dtype,
-    choose_kernels,
+    choose_pools,
+    chunk_beside,
     require_fit,
 )
+from engine.pages import PAGE
+from engine.random_weights import plan_random, random_checkpoint
 from engine.scheduler import CommitChunk, Scheduler, Slot
+from engine.seating import Seating
+from engine.shapes import FORMAT_FLAGS
 
 logger = logging.getLogger(__name__)
 
-SLOTS = 1  # requests served at a time
 
+@dataclass(frozen=True)
+class Parts:
+    """The model, the denoiser of its canvases, and each slot's cache."""
 
-@dataclass
-class Seat:
-    """The tensors of one slot: its committed prefix and the canvas being denoised, if one is open."""
-
-    cache: KVCache
-    canvas: Canvas | None = None
-
-    def clear(self) -> None:
-        self.cache.reset()
-        self.canvas = None
+    model: Model
+    denoiser: Denoiser
+    caches: tuple[KVCache, ...]
 
 
 class DiffusionEngine:
@@ -73,12 +78,13 @@ class DiffusionEngine:
         *,
         max_waiting: int,
         commit_chunk: int,
+        chunk_beside: int | None = None,
     ) -> None:
-        """One slot for each cache, which must hold `info.context_length` positions."""
+        """One slot for each cache; together they must have pages for `info.context_length` positions and a canvas.
+        `commit_chunk`, `chunk_beside`: prompt tokens a pass commits, the latter where other slots denoise in it."""
         self._info = info
         self._device = torch.device(info.device)
         self._model = model
-        self._seats = tuple(Seat(cache) for cache in caches)
         self._denoiser = Denoiser(
             model,
             schedule,
@@ -86,14 +92,17 @@ class DiffusionEngine:
             canvas_length=info.canvas_length,
             vocab_size=info.vocab_size,
             device=self._device,
+            graphs=info.kernels == "triton",
         )
         self._scheduler = Scheduler(
             slots=len(caches),
             max_waiting=max_waiting,
             commit_chunk=commit_chunk,
+            chunk_beside=chunk_beside,
             context_length=info.context_length,
             eos_ids=info.eos_ids,
         )
+        self._seating = Seating(self._scheduler, caches, commit_chunk=commit_chunk, canvas_length=info.canvas_length)
         self._closed = False
 
     @classmethod
@@ -101,23 +110,51 @@ class DiffusionEngine:
         """Load a checkpoint. Raises EngineError for an option that cannot be met or a model that does not fit, before
         anything is read, and CheckpointError for the rest."""
         started = time.monotonic()
-        check_options(options)
-        device = choose_device(options.device)
-        dtype = choose_dtype(options.dtype, device)
-        kernels = choose_kernels(options.kernels)
+        device, dtype, kernels = settle(options)
         plan = plan_checkpoint(options.model, choose(options.quantize, options.quantize_dense))
-        config, schedule = plan.config, plan.generation
         require_fit(plan, options, device, dtype)
         checkpoint = read_checkpoint(plan, device, dtype, options.progress)
-        context = choose_context(options.context_length, config, device, dtype)
+        return cls.from_checkpoint(checkpoint, options, kernels=kernels, started=started)
+
+    @classmethod
+    def from_random(cls, shape: str, form: str, options: EngineOptions, *, seed: int = 0) -> DiffusionEngine:
+        """A model without a checkpoint: random weights of a shape and format by name, see `engine.shapes`.
+
+        `options.model` is a title only. Raises EngineError as `from_options` does."""
+        started = time.monotonic()
+        device, dtype, kernels = settle(options)
+        plan = plan_random(shape, form)
+        require_fit(plan, options, device, dtype, FORMAT_FLAGS)
+        checkpoint = random_checkpoint(plan, device, dtype, seed=seed)
+        return cls.from_checkpoint(checkpoint, options, kernels=kernels, started=started)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        options: EngineOptions,
+        *,
+        kernels: str,
+        started: float | None = None,
+        slots: int | None = None,
+    ) -> DiffusionEngine:
+        """An engine on weights that are on their device already; several may share them. `started`: when loading
+        began, by `time.monotonic`. `slots`: so many, each with room for the whole context, whatever `options` say of
+        memory. Raises EngineError if there is no memory for the context."""
+        started = time.monotonic() if started is None else started
+        config, schedule = checkpoint.config, checkpoint.generation
+        device, dtype = checkpoint.device, checkpoint.dtype
+        pools = choose_pools(config, checkpoint.weight_bytes, options, device, dtype, slots)
         try:
-            pool = KVPool(config, SLOTS, context, device, dtype, chunk=options.commit_chunk)
+            pool = KVPool(
+                config, pools.slots, pools.context, device, dtype, chunk=options.commit_chunk, pages=pools.pages
+            )
         except RuntimeError as error:  # torch's class for a failed allocation differs between devices
-            raise EngineError(f"no memory for a context of {context} positions on {device}: {error}") from error
+            raise EngineError(f"no memory for {pools.bytes} bytes of keys and values on {device}: {error}") from error
         info = EngineInfo(
             model_path=options.model,
             canvas_length=config.canvas_length,
-            context_length=context,
+            context_length=pools.context,
             vocab_size=config.vocab_size,
             eos_ids=schedule.eos_ids,
             device=str(device),
@@ -128,26 +165,34 @@ class DiffusionEngine:
             weight_bytes=checkpoint.weight_bytes,
             kv_bytes=pool.bytes,
             load_seconds=time.monotonic() - started,
+            slots=pools.slots,
+            page_length=PAGE,
+            pages=pools.pages,
         )
         logger.info(
-            "%s: %.1f M parameters, format %s, run in %s on %s with %s kernels; context %d, KV %.1f MiB; %.1f s",
+            "%s: %.1f M parameters, format %s, run in %s on %s with %s kernels; %d slots, context %d, "
+            "KV %.1f MiB in %d full and %d sliding pages; %.1f s",
             info.model_path,
             info.parameters / 1e6,
             info.format,
             info.dtype,
             info.device,
             info.kernels,
+            info.slots,
             info.context_length,
             info.kv_bytes / 2**20,
+            pools.full,
+            pools.sliding,
             info.load_seconds,
         )
         return cls(
-            DiffusionGemma(config, checkpoint.tensors, OP_SETS[kernels], pool),
+            assemble(config, checkpoint.tensors, pool, kernels),
             pool.slots,
             schedule,
             info,
             max_waiting=options.max_waiting,
             commit_chunk=options.commit_chunk,
+            chunk_beside=chunk_beside(device, config.canvas_length, options.commit_chunk),
         )
 
     @property
@@ -155,14 +200,19 @@ class DiffusionEngine:
         return self._info
 
     @property
+    def parts(self) -> Parts:
+        """What passes are made of, for those who measure them one by one instead of serving requests."""
+        return Parts(self._model, self._denoiser, tuple(seat.cache for seat in self._seating.seats))
+
+    @property
     def has_work(self) -> bool:
-        """True while a submitted request has not finished."""
+        """True while a submitted request has not finished, or the end of a reply is still to be committed."""
         return not self._closed and self._scheduler.has_work
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, request: Request) -> None:
         """Queue a request. Raises RequestTooLong, QueueFull, or EngineError for a request that makes no sense."""
         self._require_open()
-        check_request(request, self._info.vocab_size)
+        check_request(request, self._info.vocab_size, self._info.canvas_length)
         self._scheduler.submit(request)
 
     def cancel(self, request_id: str) -> None:
@@ -171,58 +221,105 @@ class DiffusionEngine:
             return
         slot = self._scheduler.cancel(request_id)
         if slot is not None:
-            self._seats[slot].clear()
+            self._seating.vacate(self._scheduler.slots[slot])
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Advance by one unit of work and return what happened."""
         self._require_open()
-        self._scheduler.admit()  # waiting requests take free slots
-        chunk = self._scheduler.next_commit()  # part of a prompt, or a finished canvas
+        self._seating.admit()  # waiting requests take free slots, and go on from what is committed of their prompts
+        self._seating.make_room()
+        chunks = self._scheduler.next_commits()  # parts of prompts, finished canvases; when idle, the end of a reply
         ready = self._scheduler.ready()  # slots whose prefix is committed, by this very pass at the latest
-        if chunk or ready:
-            self._pass(chunk, ready)
+        if chunks or ready:
+            self._pass(chunks, ready)
         return self._scheduler.collect()  # first done, first out
+
+    def stats(self) -> EngineStats:
+        """A snapshot, taken between two steps."""
+        self._require_open()
+        return self._seating.stats()
 
     def close(self) -> None:
         """Free the model's memory. Requests still running are dropped without an event. May be called again."""
         if self._closed:
             return
         self._closed = True
-        self._seats = ()
-        del self._model, self._denoiser
+        del self._model, self._denoiser, self._seating
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _pass(self, chunk: CommitChunk | None, ready: Sequence[Slot]) -> None:
-        """One pass: commit a chunk and denoise the canvases of all `ready` slots, opening those that have none."""
-        commits = []
+    def _pass(self, chunks: Sequence[CommitChunk], ready: Sequence[Slot]) -> None:
+        """One pass: commit chunks and denoise the canvases of all `ready` slots, opening those that have none."""
+        seats = self._seating.seats
         try:
-            if chunk is not None:
-                commits.append((chunk.token_ids, self._seats[chunk.slot].cache))
             canvases = [self._open_canvas(slot) for slot in ready]
-            self._denoiser.step(canvases, [self._seats[slot.index].cache for slot in ready], commits)
+            # what a constraint leaves no choice about needs no pass
+            running = [(slot, canvas) for slot, canvas in zip(ready, canvases, strict=True) if canvas.state == "open"]
+            if running or chunks:
+                self._denoiser.step(
+                    [canvas for _, canvas in running],
+                    [seats[slot.index].cache for slot, _ in running],
+                    [(chunk.token_ids, seats[chunk.slot].cache) for chunk in chunks],
+                )
         except Exception as error:
-            self._contain(error, chunk, ready)
+            self._contain(error, chunks, ready)
             return
-        for slot, canvas in zip(ready, canvases, strict=True):
+        self._seating.committed(chunks)
+        for slot, canvas in running:
             self._scheduler.passed(slot, redrawn=canvas.just_redrawn)
-            self._settle(slot, canvas)
+            self._follow(slot, canvas)
+        for slot, canvas in zip(ready, canvases, strict=True):
+            if slot.reply is not None:  # its constraint did not fail
+                self._settle(slot, canvas)
 
     def _open_canvas(self, slot: Slot) -> Canvas:
         """The slot's canvas; a new one if its last is done."""
-        seat, reply = self._seats[slot.index], slot.reply
+        seat, reply = self._seating.seats[slot.index], slot.reply
         assert reply is not None, f"slot {slot.index} is ready but empty"
-        if seat.canvas is None:
-            seat.canvas = self._denoiser.open(slot.index, reply.request.sampling, index=reply.canvases)
+        request = reply.request
+        if seat.canvas is not None:
+            return seat.canvas
+        if isinstance(request, CanvasRequest):
+            seat.canvas = held_canvas.open_held(self._denoiser, slot.index, request)
+            return seat.canvas
+        if request.constraint is not None and seat.guide is None:
+            seat.guide = Guide(request.constraint, self._denoiser)
+        seat.canvas = self._denoiser.open(
+            slot.index,
+            request.sampling,
+            index=reply.canvases,
+            schedule=request.schedule,
+            logprobs=request.logprobs,
+            said=Counter(reply.said),
+            guided=seat.guide is not None,
+        )
+        if seat.guide is not None:
+            seat.guide.begin(seat.canvas)
         return seat.canvas
+
+    def _follow(self, slot: Slot, canvas: Canvas) -> None:
+        """Keep a constrained canvas to its constraint; end the reply if that cannot go on."""
+        guide = self._seating.seats[slot.index].guide
+        if guide is None or canvas.state != "open":
+            return
+        try:
+            guide.follow(canvas)
+        except ConstraintError as error:
+            logger.error("a constraint failed", exc_info=error)
+            self._scheduler.fail(slot, "error", str(error))
+            self._seating.vacate(slot)
 
     def _settle(self, slot: Slot, canvas: Canvas) -> None:
         """Deliver a canvas that is done; end the reply of one that cannot be; leave an open one alone."""
-        if canvas.state == "open":
+        request = self._requested(slot)
+        if canvas.state == "open" and not held_canvas.ends(request, canvas):
             return
-        if canvas.state == "done":
-            self._scheduler.deliver(slot, canvas.result, canvas.steps)
+        if isinstance(request, CanvasRequest) and canvas.state in ("open", "done"):
+            self._scheduler.conclude(slot, held_canvas.read_held(self._denoiser, canvas, request))
+        elif canvas.state == "done":
+            logprobs = () if canvas.logprobs is None else self._denoiser.logprobs(canvas)
+            self._scheduler.deliver(slot, canvas.result, canvas.steps, logprobs)
         elif canvas.state == "unconverged":
             logger.warning("canvas %d did not converge in %d steps; the reply ends", canvas.index, canvas.steps)
             self._scheduler.fail(
@@ -236,16 +333,16 @@ class DiffusionEngine:
             self._scheduler.fail(
                 slot, "error", f"the model's logits were not finite at canvas {canvas.index}, step {canvas.steps}"
             )
-        self._vacate(slot)
+        self._seating.seats[slot.index].canvas = None
+        if slot.reply is None and not slot.rest:
+            self._seating.vacate(slot, suspect=canvas.state == "non-finite")
 
-    def _vacate(self, slot: Slot) -> None:
-        """Forget the slot's canvas, and its prefix too if its request is over."""
-        seat = self._seats[slot.index]
-        seat.canvas = None
-        if slot.reply is None:
-            seat.clear()
+    @staticmethod
+    def _requested(slot: Slot) -> Request:
+        assert slot.reply is not None, f"slot {slot.index} is empty"
+        return slot.reply.request
 
-    def _contain(self, error: Exception, chunk: CommitChunk | None, ready: Sequence[Slot]) -> None:
+    def _contain(self, error: Exception, chunks: Sequence[CommitChunk], ready: Sequence[Slot]) -> None:
         """End the request that `error` hit. A device that failed cannot serve the others: re-raise.
 
         A pass of several slots does not say whose fault it is, and it changed nothing: each slot goes again, alone.
@@ -254,40 +351,26 @@ class DiffusionEngine:
         if isinstance(error, torch.AcceleratorError):
             raise error
         involved = {slot.index: slot for slot in ready}
-        if chunk is not None:
-            involved.setdefault(chunk.slot, self._scheduler.slots[chunk.slot])
+        involved |= {chunk.slot: self._scheduler.slots[chunk.slot] for chunk in chunks}
         if len(involved) > 1:
             for index, slot in involved.items():
-                own = chunk if chunk is not None and chunk.slot == index else None
-                self._pass(own, [slot] if slot in ready else [])
+                self._pass([chunk for chunk in chunks if chunk.slot == index], [slot] if slot in ready else [])
             return
         logger.error("a request failed inside the engine", exc_info=error)
         for slot in involved.values():
-            self._scheduler.fail(slot, "error", f"{type(error).__name__}: {error}")
-            self._vacate(slot)
+            slot.rest = ()
+            if slot.reply is not None:
+                self._scheduler.fail(slot, "error", f"{type(error).__name__}: {error}")
+            self._seating.vacate(slot, suspect=True)
 
     def _require_open(self) -> None:
         if self._closed:
             raise EngineError("the engine is closed")
 
 
-def check_request(request: GenerationRequest, vocab_size: int) -> None:
-    """Raise EngineError, naming the field, for a request that no engine could serve."""
-    sampling = request.sampling
-    problems = {
-        "prompt_ids is empty": not request.prompt_ids,
-        f"prompt_ids has an id outside 0..{vocab_size - 1}": any(
-            not 0 <= token_id < vocab_size for token_id in request.prompt_ids
-        ),
-        f"max_tokens must be at least 1, not {request.max_tokens}": request.max_tokens < 1,
-        f"seed must be in 0..2**64-1, not {sampling.seed}": not 0 <= sampling.seed < 2**64,
-        f"temperature must be 0 or more and finite, not {sampling.temperature}": not (
-            math.isfinite(sampling.temperature) and sampling.temperature >= 0
-        ),
-        f"top_k must be 0 or more, not {sampling.top_k}": sampling.top_k < 0,
-        f"top_p must be in 0..1, not {sampling.top_p}": not 0 <= sampling.top_p <= 1,
-        f"min_p must be in 0..1, not {sampling.min_p}": not 0 <= sampling.min_p <= 1,
-    }
-    for problem, found in problems.items():
-        if found:
-            raise EngineError(problem)
+def settle(options: EngineOptions) -> tuple[torch.device, torch.dtype, str]:
+    """Device, dtype and the op set's name. Raises EngineError for an option that cannot be met."""
+    check_options(options)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    return device, dtype, choose_kernels(options.kernels, device, dtype)

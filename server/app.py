@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import errors
 from server.chat import ChatService
-from server.dialects import anthropic, completions, openai_chat, responses, tokens
+from server.dialects import anthropic, completions, decisions, openai_chat, responses, tokens
 from server.dialects.response_store import ResponseStore
 from server.dialects.wire import Asked
 from server.errors import ApiError
@@ -76,6 +76,7 @@ def create_app(service: ChatService, settings: AppSettings) -> FastAPI:
     _add_reply_route(app, service, settings, "/v1/completions", completions.read)
     _add_reply_route(app, service, settings, "/v1/messages", anthropic.read)
     _add_responses(app, service, settings)
+    _add_decisions(app, service, settings)
     for path, answer in (
         ("/v1/messages/count_tokens", anthropic.count_tokens),
         ("/tokenize", tokens.tokenize),
@@ -99,6 +100,14 @@ def _add_responses(app: FastAPI, service: ChatService, settings: AppSettings) ->
     async def delete(request: Request, response_id: str) -> Response:
         _authenticate(request, settings)
         return JSONResponse(responses.delete(store, response_id))
+
+
+def _add_decisions(app: FastAPI, service: ChatService, settings: AppSettings) -> None:
+    @app.post("/v1/decisions")
+    async def decide(request: Request) -> Response:
+        _authenticate(request, settings)
+        document = await _json_body(request, settings.max_body_bytes)
+        return JSONResponse(await _unless_gone(request, decisions.decide(service, document)))
 
 
 def _add_plain_route(

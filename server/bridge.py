@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeVar
 
-from engine import Engine, EngineError, EngineInfo, Event, Finished, GenerationRequest, Usage
+from engine import Engine, EngineError, EngineInfo, Event, Finished, Request, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class EngineUnavailable(Exception):
 class _Seat:
     """One request's place on the asyncio side."""
 
-    request: GenerationRequest
+    request: Request
     loop: asyncio.AbstractEventLoop
     accepted: asyncio.Future[None]
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
@@ -143,7 +143,7 @@ class Bridge:
         self.close()
 
     @asynccontextmanager
-    async def generate(self, request: GenerationRequest) -> AsyncIterator[AsyncIterator[Event]]:
+    async def generate(self, request: Request) -> AsyncIterator[AsyncIterator[Event]]:
         """Run a request; leaving the block early cancels it within one step.
 
         Raises RequestTooLong or QueueFull (the engine refused) or EngineUnavailable. The events end with `Finished`.

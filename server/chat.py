@@ -13,13 +13,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 
-from engine import CanvasDone, Event, Finished, GenerationRequest, QueueFull, RequestTooLong, Sampling
+from engine import CanvasDone, Constraint, Event, Finished, GenerationRequest, QueueFull, RequestTooLong, Sampling
 from server import errors, tool_schema
 from server.bridge import Bridge, EngineUnavailable
 from server.errors import ApiError
-from server.exchange import ChatTask, ChoiceDone, Delta, FinishReason, ReplyDone, StreamItem, ToolCall
+from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta, FinishReason, ReplyDone, StreamItem, ToolCall
+from server.grammar import held, needs_grammar
+from server.likelihoods import Likelihoods
 from server.output_parser import OutputParser, Parsed, StopStrings
 from server.prompt import Prompt, PromptRenderer, PromptTooLong
+from server.structure import Structures
 from server.tool_calls import new_call_id
 
 # Random seeds stay below 2**53 so that they survive JavaScript's numbers and can be sent back.
@@ -35,6 +38,7 @@ class FoldedChoice:
     tool_calls: tuple[ToolCall, ...]
     finish_reason: FinishReason
     stop_string: str | None = None
+    logprobs: tuple[ContentToken, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,8 @@ class ChatService:
             raise ValueError("a chat service needs at least one model name")
         self.bridge = bridge
         self.prompts = prompts
+        info = bridge.info
+        self._structures = Structures(prompts, vocab_size=info.vocab_size, eos_ids=info.eos_ids)
         self.model_names = tuple(dict.fromkeys(model_names))
         self.loaded_at = int(time.time())
 
@@ -64,10 +70,14 @@ class ChatService:
         began = time.monotonic()
         if task.model is not None and task.model not in self.model_names:
             raise errors.unknown_model(task.model, self.model_names)
-        # Long prompts take a while to tokenise; other replies go on meanwhile.
+        # Long prompts take a while to tokenise, grammars to compile; other replies go on meanwhile.
         prompts = await asyncio.to_thread(self.render, task)
+        constraints = await asyncio.to_thread(self._constraints, task, prompts)
         seed = self._seed(task)
         requests = [request for prompt in prompts for request in self._engine_requests(task, prompt, seed)]
+        requests = [
+            replace(request, constraint=constraint) for request, constraint in zip(requests, constraints, strict=True)
+        ]
         reply_id = secrets.token_hex(12)
         requests = [replace(request, id=f"{reply_id}/{index}") for index, request in enumerate(requests)]
         async with AsyncExitStack() as stack:
@@ -91,6 +101,7 @@ class ChatService:
                 running,
                 stack.pop_all(),
                 model=task.model or self.model_names[0],
+                logprobs=task.logprobs,
                 prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
                 began=began,
             )
@@ -106,6 +117,10 @@ class ChatService:
         except PromptTooLong as error:
             raise self._too_long(task, error.tokens, most, exact=False) from error
 
+    def _constraints(self, task: ChatTask, prompts: Sequence[Prompt]) -> list[Constraint | None]:
+        """One for each choice of each prompt: each stands somewhere else in its reply."""
+        return [self._structures.constraint(task, prompt.opens_in) for prompt in prompts for _ in range(task.choices)]
+
     @staticmethod
     def _seed(task: ChatTask) -> int:
         if task.seed is not None:
@@ -116,6 +131,10 @@ class ChatService:
         left = self.bridge.info.context_length - len(prompt.ids)
         if left < 1:
             raise self._too_long(task, len(prompt.ids), self.bridge.info.context_length)
+        for token_id, _ in task.logit_bias:
+            if token_id >= self.bridge.info.vocab_size:
+                message = f"'logit_bias' has a token id outside 0..{self.bridge.info.vocab_size - 1}: {token_id}"
+                raise errors.invalid(message, param="logit_bias")
         return [
             GenerationRequest(
                 id="",  # numbered by the caller
@@ -123,8 +142,17 @@ class ChatService:
                 # A limit above what is left is no mistake: many clients send a generous one unasked.
                 max_tokens=left if task.max_tokens is None else min(left, task.max_tokens),
                 sampling=Sampling(
-                    seed=(seed + index) % 2**64, temperature=task.temperature, top_k=task.top_k, top_p=task.top_p
+                    seed=(seed + index) % 2**64,
+                    temperature=task.temperature,
+                    top_k=task.top_k,
+                    top_p=task.top_p,
+                    min_p=task.min_p,
+                    logit_bias=task.logit_bias,
+                    presence_penalty=task.presence_penalty,
+                    frequency_penalty=task.frequency_penalty,
                 ),
+                schedule=task.schedule,
+                logprobs=task.logprobs,
             )
             for index in range(task.choices)
         ]
@@ -146,25 +174,38 @@ class _Choice:
     def __init__(self, index: int, task: ChatTask, prompt: Prompt, prompts: PromptRenderer) -> None:
         self.index = index
         self._detokenizer = prompts.detokenizer()
-        tools = tool_schema.parameters(task.tools) if task.tools else None
-        self.parser = OutputParser(prompt.opens_in, tools=tools, raw=bool(task.prompts))
+        self.parser = OutputParser(
+            prompt.opens_in, tools=_read_by(task), raw=bool(task.prompts), exact=needs_grammar(task)
+        )
         self.echo = _written(task, index, prompts) if task.echo else ""
         self._stop = StopStrings(task.stop)
         self._most_calls = None if task.parallel_tool_calls else 1
+        self._named_tool = task.named_tool
         self._calls = 0
+        self._likelihoods = None if task.logprobs is None else Likelihoods(prompts)
 
     @property
     def satisfied(self) -> bool:
         """True when nothing the engine may still produce would be shown."""
         return self._stop.hit or self.parser.ended or self._calls == self._most_calls
 
-    def canvas(self, token_ids: Sequence[int]) -> Delta | None:
+    def canvas(self, done: CanvasDone) -> Delta | None:
         """What a canvas adds; None when all of it is held back."""
         if self.satisfied:
             return None
-        for token_id in token_ids:
-            self.parser.push(self._detokenizer.push(token_id))
-        return self._delta(self.parser.take())
+        if self._likelihoods is None:
+            for token_id in done.token_ids:
+                self.parser.push(self._detokenizer.push(token_id))
+            return self._delta(self.parser.take())
+        whole = Parsed()
+        for token_id, found in zip(done.token_ids, done.logprobs, strict=True):
+            pieces = self._detokenizer.push(token_id)
+            self._likelihoods.push(token_id, found, pieces)
+            self.parser.push(pieces)
+            part = self.parser.take()
+            self._likelihoods.parsed(len(part.content))
+            whole = whole + part
+        return self._delta(whole)
 
     @property
     def stop_string(self) -> str | None:
@@ -177,8 +218,13 @@ class _Choice:
             return None
         if self._calls == self._most_calls:
             return self._delta(Parsed(), last=True)
-        self.parser.push(self._detokenizer.finish())
-        return self._delta(self.parser.finish(complete=complete), last=True)
+        pieces = self._detokenizer.finish()
+        self.parser.push(pieces)
+        parsed = self.parser.finish(complete=complete)
+        if self._likelihoods is not None:
+            self._likelihoods.finish(pieces)
+            self._likelihoods.parsed(len(parsed.content))
+        return self._delta(parsed, last=True)
 
     def finish_reason(self, finished: Finished) -> FinishReason:
         """The one place where the reason is decided. Raises ApiError when the engine gave up."""
@@ -189,7 +235,8 @@ class _Choice:
         # A cut call must stay visible as "length", also when an earlier call is complete.
         if finished.reason == "length" and not self.satisfied:
             return "length"
-        return "tool_calls" if self._calls else "stop"
+        # OpenAI reports a call the client itself named as a plain end.
+        return "tool_calls" if self._calls and not self._named_tool else "stop"
 
     def _delta(self, parsed: Parsed, *, last: bool = False) -> Delta | None:
         content = self._stop.push(parsed.content)
@@ -203,7 +250,24 @@ class _Choice:
         self._calls += len(numbered)
         if not (parsed.reasoning or content or numbered):
             return None
-        return Delta(choice=self.index, reasoning=parsed.reasoning, content=content, tool_calls=numbered)
+        return Delta(
+            choice=self.index,
+            reasoning=parsed.reasoning,
+            content=content,
+            tool_calls=numbered,
+            logprobs=() if self._likelihoods is None else self._likelihoods.take(len(content)),
+        )
+
+
+def _read_by(task: ChatTask) -> dict[str, tool_schema.Json] | None:
+    """The schemas to read calls by. What is held to its schema says exactly what it means: nothing is to be guessed."""
+    if not task.tools:
+        return None
+    declared = tool_schema.parameters(task.tools)
+    if not needs_grammar(task):
+        return declared
+    functions = [tool["function"] for tool in task.tools]
+    return {each["name"]: {} if held(task, each) else declared[each["name"]] for each in functions}
 
 
 def _written(task: ChatTask, index: int, prompts: PromptRenderer) -> str:
@@ -230,6 +294,7 @@ class Reply:
     _running: list[_Running]
     _stack: AsyncExitStack
     model: str = field(kw_only=True)
+    logprobs: int | None = field(default=None, kw_only=True)  # as in ChatTask
     prompt_tokens: int = field(kw_only=True)  # of all prompts together
     began: float = field(kw_only=True)
     created: int = field(default_factory=lambda: int(time.time()), kw_only=True)
@@ -256,12 +321,12 @@ class Reply:
                 yield Delta(choice=running.choice.index, content=running.choice.echo)
         async with aclosing(self._merged()) as events:
             async for running, event in events:
-                choice = running.choice
+                choice, delta = running.choice, None
                 if isinstance(event, CanvasDone):
-                    delta = choice.canvas(event.token_ids)
+                    delta = choice.canvas(event)
                     if choice.satisfied:
                         self._bridge.cancel(running.request.id)
-                else:
+                elif isinstance(event, Finished):
                     running.finished = event
                     delta = choice.end(complete=event.reason == "stop")
                 if delta is not None:
@@ -314,16 +379,18 @@ async def fold(items: AsyncIterator[StreamItem], choices: int) -> Folded:
     calls: list[tuple[ToolCall, ...]] = [()] * choices
     reasons: list[FinishReason] = ["stop"] * choices
     stops: list[str | None] = [None] * choices
+    logprobs: list[tuple[ContentToken, ...]] = [()] * choices
     done: ReplyDone | None = None
     async for item in items:
         if isinstance(item, Delta):
             reasoning[item.choice] += item.reasoning
             content[item.choice] += item.content
             calls[item.choice] += item.tool_calls
+            logprobs[item.choice] += item.logprobs
         elif isinstance(item, ChoiceDone):
             reasons[item.choice], stops[item.choice] = item.finish_reason, item.stop_string
         else:
             done = item
     assert done is not None, "a stream ends with ReplyDone"
-    folded = zip(reasoning, content, calls, reasons, stops, strict=True)
+    folded = zip(reasoning, content, calls, reasons, stops, logprobs, strict=True)
     return Folded(tuple(FoldedChoice(*parts) for parts in folded), done)

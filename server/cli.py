@@ -22,7 +22,17 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from engine import CheckpointError, EngineError, EngineInfo, build_engine, quantize_checkpoint
+from engine import (
+    BENCH_FORMATS,
+    BENCH_GROUPS,
+    SHAPES,
+    BenchOptions,
+    CheckpointError,
+    EngineError,
+    EngineInfo,
+    build_engine,
+    quantize_checkpoint,
+)
 from server.address import AddressError, bind, url
 from server.config import DEMO_CHECKPOINT, Settings, SettingsError
 from server.flags import takes_settings
@@ -129,14 +139,85 @@ def chat(
 @takes_settings("engine")
 def bench(
     settings: Settings,
+    typed: list[str],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", help="What to ask; may be given several times. Stories if left out.")
+        list[str] | None,
+        typer.Option(
+            "--prompt", help="What to ask; may be given several times. Stories if left out. With --shape: tokens."
+        ),
     ] = None,
-    requests: Annotated[int, typer.Option("--requests", min=1, help="How many requests to time.")] = 5,
+    requests: Annotated[int | None, typer.Option("--requests", min=1, help="How many requests to time.")] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Longest reply.")] = None,
-    json_only: Annotated[bool, typer.Option("--json", help="Print the JSON document and no table.")] = False,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write the JSON document there too.")] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option("--shape", help=f"Random weights of a real size instead of a model: {', '.join(SHAPES)}."),
+    ] = None,
+    weights: Annotated[str | None, typer.Option("--weights", help="With --shape: random.")] = None,
+    form: Annotated[
+        list[str] | None,
+        typer.Option("--format", help=f"With --shape, may be given several times: {', '.join(BENCH_FORMATS)}."),
+    ] = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="With --shape: denoise passes of a canvas.")] = None,
+    slots: Annotated[
+        list[int] | None, typer.Option("--slots", help="With --shape, may be given several times: open canvases.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help=f"With --shape, may be given several times: {', '.join(BENCH_GROUPS)}."),
+    ] = None,
+    start_up: Annotated[bool, typer.Option("--start-up", help="With --shape: time cold and warm starts too.")] = False,
+    profile: Annotated[bool, typer.Option("--profile", help="With --shape: kernels of a step by time.")] = False,
+    computed: Annotated[
+        bool, typer.Option("--computed", help="With --shape: the limits of cards that are not here; measures nothing.")
+    ] = False,
 ) -> None:
     """Measure speed on this machine. The last line printed is one JSON document."""
+    from server import shape_bench
+
+    ours: dict[str, object] = {"--requests": requests, "--max-tokens": max_tokens}
+    theirs: dict[str, object] = {
+        "--weights": weights,
+        "--format": form,
+        "--steps": steps,
+        "--slots": slots,
+        "--only": only,
+    }
+    theirs |= {"--start-up": start_up, "--profile": profile, "--computed": computed}
+    if shape is None:
+        _refuse(theirs, "belongs to --shape, which measures a model of random weights")
+        _bench_requests(settings, prompt, requests or 5, max_tokens, json_path)
+        return
+    loading: dict[str, object] = {flag: True for flag in typed if flag not in ("--device", "--dtype", "--kernels")}
+    _refuse(ours | loading, "has no meaning with --shape, which loads no model and serves no requests")
+    if weights not in (None, "random"):
+        raise SettingsError(f"--weights must be random, not {weights!r}; leave --shape out to measure a checkpoint")
+    options = BenchOptions(
+        shape=shape,
+        formats=tuple(form or BenchOptions.formats),
+        steps=BenchOptions.steps if steps is None else steps,
+        prompts=tuple(map(shape_bench.token_count, prompt)) if prompt else BenchOptions.prompts,
+        slots=tuple(slots or BenchOptions.slots),
+        only=tuple(only or BENCH_GROUPS),
+        start_up=start_up,
+        profile=profile,
+        device=settings.engine.device,
+        dtype=settings.engine.dtype,
+        kernels=settings.engine.kernels,
+    )
+    if not shape_bench.run(options, json_path, computed=computed):
+        raise typer.Exit(1)
+
+
+def _refuse(given: dict[str, object], why: str) -> None:
+    for flag, value in given.items():
+        if value:
+            raise SettingsError(f"{flag} {why}")
+
+
+def _bench_requests(
+    settings: Settings, prompt: list[str] | None, requests: int, max_tokens: int | None, path: Path | None
+) -> None:
     from server import bench as measuring
 
     asked = prompt or list(measuring.story_prompts(requests))
@@ -149,13 +230,15 @@ def bench(
         for number in range(requests):
             text, ids = prompts[number % len(prompts)]
             results.append(measuring.measure(engine, text, ids, seed=number + 1, max_tokens=max_tokens))
-            if not json_only and sys.stderr.isatty():
+            if sys.stderr.isatty():
                 print(f"\r{number + 1} of {requests}", end="\r", file=sys.stderr)
-        if not json_only:
-            console = Console(highlight=False)
-            console.print(_engine_line(engine.info))
-            console.print(measuring.table(results))
-        print(json.dumps(measuring.document(engine, results)))
+        console = Console(highlight=False)
+        console.print(_engine_line(engine.info))
+        console.print(measuring.table(results))
+        document = json.dumps(measuring.document(engine, results))
+    if path is not None:
+        path.write_text(document + "\n", encoding="utf-8")
+    print(document)
 
 
 @app.command()

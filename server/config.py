@@ -94,7 +94,9 @@ class EngineSettings(_Section):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16."
     )
-    kernels: Literal["auto", "reference"] = Field("auto", description="Which operations run: auto or reference.")
+    kernels: Literal["auto", "reference", "triton"] = Field(
+        "auto", description="Which operations run: auto (triton on a GPU in bfloat16), reference or triton."
+    )
     context: int | None = Field(
         None,
         ge=1,

@@ -1,7 +1,8 @@
 """What every wire format is translated to and from: one internal request, one internal stream.
 
-Knows no HTTP, no wire format, no tokenizer and no engine call. A wire format is an adapter that builds a
-`ChatTask` and renders `Delta`s and `ReplyDone`; nothing else in the server has to change for a new one.
+Knows no HTTP, no wire format, no tokenizer and no engine call (only the engine's word for how to denoise). A wire
+format is an adapter that builds a `ChatTask` and renders `Delta`s and `ReplyDone`; nothing else in the server has to
+change for a new one.
 Invariant: a stream is any number of `Delta`s, then one `ChoiceDone` per choice, then one `ReplyDone`.
 """
 
@@ -11,7 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from engine import Schedule
+
 FinishReason = Literal["stop", "length", "tool_calls"]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The form that the content of a reply must have. `value` is a JSON schema, a regular expression, a tuple of
+    texts to choose from, or a grammar in Lark's or llama.cpp's (GBNF) syntax; `param` is the field it came in."""
+
+    kind: Literal["json", "regex", "choice", "lark", "gbnf"]
+    value: Any
+    param: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +47,24 @@ class ChatTask:
     temperature: float = 1.0
     top_p: float = 1.0  # 1 = off
     top_k: int = 0  # 0 = off
+    min_p: float = 0.0  # 0 = off
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit)
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    schedule: Schedule = field(default_factory=Schedule)
+    logprobs: int | None = None  # how many likeliest tokens to report for each token of the content; None = nothing
     seed: int | None = None
     stop: tuple[str, ...] = ()
     choices: int = 1  # per prompt
     parallel_tool_calls: bool = True
+    structure: Structure | None = None
+    must_call: bool = False  # the reply is one or more calls
+    callable: tuple[str, ...] | None = None  # names of the tools that may be called; None: all of them
+
+    @property
+    def named_tool(self) -> bool:
+        """Whether the client named the one tool to be called."""
+        return self.must_call and self.callable is not None and len(self.callable) == 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,14 +77,37 @@ class ToolCall:
     arguments: str
 
 
+@dataclass(frozen=True)
+class Likelihood:
+    """One token and its log-probability. `bytes`: what it spells; None for a control token, which spells nothing."""
+
+    token: str
+    bytes: tuple[int, ...] | None
+    logprob: float
+
+
+@dataclass(frozen=True)
+class ContentToken:
+    """One token of the content, as the model found it, and the likeliest ones in its place."""
+
+    chosen: Likelihood
+    top: tuple[Likelihood, ...]
+    offset: int  # of its first character in the choice's whole content
+
+
 @dataclass(frozen=True, kw_only=True)
 class Delta:
-    """What one finished canvas (or the end of the reply) adds to one choice. Never empty."""
+    """What one finished canvas (or the end of the reply) adds to one choice. Never empty.
+
+    `logprobs`, if asked for, has the tokens that begin in this piece of content. Together they cover all of it; the
+    last may reach beyond a stop string's cut.
+    """
 
     choice: int
     reasoning: str = ""
     content: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
+    logprobs: tuple[ContentToken, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,11 +8,13 @@ and extras that cannot change the reply (accepted, dropped) and fields that woul
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypeVar
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from engine import MAX_DENOISING_STEPS, MAX_LOGPROBS, Schedule
 from server.errors import ApiError, invalid
 
 MAX_REPORTED_ERRORS = 10
@@ -63,17 +65,11 @@ def one(value: Any) -> bool:
 
 UNSUPPORTED: Mapping[str, MeansOff] = {
     "response_format": lambda value: isinstance(value, dict) and value.get("type") == "text",
-    "logprobs": off(False),
-    "top_logprobs": zero,
     "prompt_logprobs": zero,
-    "frequency_penalty": zero,
-    "presence_penalty": zero,
     "repetition_penalty": one,
     "length_penalty": one,
-    "min_p": zero,
     "typical_p": one,
     "min_tokens": zero,
-    "logit_bias": off(),
     "bad_words": off(),
     "allowed_token_ids": off(),
     "stop_token_ids": off(),
@@ -111,21 +107,93 @@ _INSTEAD = {
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**64, strict=True)]
 TokenLimit = Annotated[int, Field(ge=1, strict=True)]
 MAX_STOP_STRINGS = 4
+MAX_BIASES = 1024
 
 
-class SamplingFields(BaseModel):
-    """What OpenAI's chat and completions bodies have in common."""
+# What the presets change of the checkpoint's schedule; README has what each costs and brings on the demo model.
+PRESETS: Mapping[str, Schedule] = {
+    "quality": Schedule(entropy_bound=0.05, confidence_threshold=0.002, stability_threshold=2),
+    "balanced": Schedule(),
+    "fast": Schedule(entropy_bound=0.3, confidence_threshold=0.05),
+}
+_Nats = Annotated[float, Field(ge=0, le=1000, strict=True, allow_inf_nan=False)]
+_Passes = Annotated[int, Field(strict=True, le=MAX_DENOISING_STEPS)]
+
+
+class EaselOptions(BaseModel):
+    """`easel` in a request: how its canvases are denoised. Single values go over what the preset says."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    preset: Literal["quality", "balanced", "fast"] | None = None
+    max_denoising_steps: Annotated[_Passes, Field(ge=1)] | None = None
+    entropy_bound: _Nats | None = None
+    confidence_threshold: _Nats | None = None
+    stability_threshold: Annotated[_Passes, Field(ge=0)] | None = None
+
+    def schedule(self) -> Schedule:
+        """The options as the engine wants them."""
+        own = {name: value for name, value in self if name != "preset" and value is not None}
+        return replace(PRESETS[self.preset or "balanced"], **own)
+
+
+def _as_biases(value: object) -> object:
+    if value is None or not isinstance(value, dict):
+        return value
+    if len(value) > MAX_BIASES:
+        raise PydanticCustomError("invalid_value", "takes at most {most} tokens", {"most": MAX_BIASES})
+    if not all(isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 10 for key in value):
+        raise PydanticCustomError("invalid_value", "must map token ids to numbers from -100 to 100")
+    return {int(key): bias for key, bias in value.items()}
+
+
+_Bias = Annotated[float, Field(ge=-100, le=100, strict=True, allow_inf_nan=False)]
+_Biases = Annotated[dict[int, _Bias], BeforeValidator(_as_biases)]
+_Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+TopLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS, strict=True)]
+
+
+class DrawFields(BaseModel):
+    """How tokens are found and drawn: what OpenAI's bodies have in common, the extras of other servers among it."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
+
+    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    top_k: Annotated[int, Field(ge=-1, lt=2**31, strict=True)] | None = None
+    min_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
+    logit_bias: _Biases | None = None
+    presence_penalty: _Penalty | None = None
+    frequency_penalty: _Penalty | None = None
+    seed: Seed | None = None
+    easel: EaselOptions | None = None
+
+    def draw(self) -> dict[str, Any]:
+        """The fields as `ChatTask` wants them."""
+        return {
+            **draw(self.temperature, self.top_p, self.top_k),
+            "min_p": self.min_p or 0.0,
+            "logit_bias": tuple(sorted((self.logit_bias or {}).items())),
+            "presence_penalty": self.presence_penalty or 0.0,
+            "frequency_penalty": self.frequency_penalty or 0.0,
+            # Negative seeds are allowed on the wire; two's complement keeps them distinct.
+            "seed": None if self.seed is None else self.seed % 2**64,
+            "schedule": schedule(self.easel),
+        }
+
+
+def schedule(options: EaselOptions | None) -> Schedule:
+    """The schedule a body asks for."""
+    return options.schedule() if options is not None else Schedule()
+
+
+class SamplingFields(DrawFields):
+    """What OpenAI's chat and completions bodies have in common."""
 
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: TokenLimit | None = None
-    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
-    top_k: Annotated[int, Field(ge=-1, lt=2**31, strict=True)] | None = None
-    seed: Seed | None = None
     stop: str | list[str] | None = None
     n: Annotated[int, Field(ge=1, le=8, strict=True)] | None = None
 
@@ -143,13 +211,7 @@ class SamplingFields(BaseModel):
 
     def sampling(self) -> dict[str, Any]:
         """The fields as `ChatTask` wants them."""
-        return {
-            **draw(self.temperature, self.top_p, self.top_k),
-            # Negative seeds are allowed on the wire; two's complement keeps them distinct.
-            "seed": None if self.seed is None else self.seed % 2**64,
-            "stop": self.stop_strings,
-            "choices": self.n or 1,
-        }
+        return {**self.draw(), "stop": self.stop_strings, "choices": self.n or 1}
 
 
 def draw(temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:

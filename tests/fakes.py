@@ -5,6 +5,7 @@ They know no server module. Invariant: `FakeEngine` keeps every rule of `engine.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -17,13 +18,18 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from engine import (
     CanvasDone,
+    CanvasRead,
+    CanvasRequest,
     EngineInfo,
+    EngineStats,
     Event,
     Finished,
     FinishReason,
     GenerationRequest,
     QueueFull,
+    Request,
     RequestTooLong,
+    TokenLogprobs,
     Usage,
 )
 
@@ -148,12 +154,33 @@ def script(*canvases: str, **options: Any) -> Script:
 
 @dataclass
 class _Running:
-    request: GenerationRequest
+    request: Request
     script: Script
     canvas: int = 0
     step: int = 0
     tokens: int = 0
     steps: int = 0
+
+
+def _logprobs(ids: Sequence[int], top: int | None) -> tuple[TokenLogprobs, ...]:
+    """Half of the probability for what is said, and ever smaller shares for the ids from 105 on."""
+    if top is None:
+        return ()
+    others = [(105 + place, -2.0 - place) for place in range(top)]
+    return tuple(TokenLogprobs(-0.75, tuple([(token_id, -0.75), *others][:top])) for token_id in ids)
+
+
+def _first_allowed(request: CanvasRequest) -> CanvasRead:
+    """A quarter less than half of the probability for the first id allowed, then ever smaller shares."""
+    allowed = request.allowed or ((),) * request.free
+    ids = iter([ids[0] if ids else 110 for ids in allowed])
+    return CanvasRead(
+        request_id=request.id,
+        token_ids=tuple(next(ids) if held is None else held for held in request.canvas),
+        logprobs=tuple(-0.5 if held is None else 0.0 for held in request.canvas),
+        allowed=tuple(tuple(math.log(0.4) - place for place in range(len(ids))) for ids in allowed),
+        steps=1,
+    )
 
 
 @dataclass
@@ -164,11 +191,13 @@ class FakeEngine:
     context_length: int = 4096
     max_waiting: int = 64
     requests: list[GenerationRequest] = field(default_factory=list)
+    canvases: list[CanvasRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     steps: int = 0
     closed: bool = False
     crash_at_step: int | None = None
+    reader: Callable[[CanvasRequest], CanvasRead | None] | None = None  # None: the first id allowed is the likeliest
 
     def __post_init__(self) -> None:
         self._queue: deque[_Running] = deque()
@@ -197,12 +226,16 @@ class FakeEngine:
     def has_work(self) -> bool:
         return bool(self._queue)
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, request: Request) -> None:
         self._check_thread()
         if len(request.prompt_ids) + 1 > self.context_length:
             raise RequestTooLong(len(request.prompt_ids), self.context_length)
         if len(self._queue) > self.max_waiting:
             raise QueueFull("full")
+        if isinstance(request, CanvasRequest):
+            self.canvases.append(request)
+            self._queue.append(_Running(request, Script(steps=1)))
+            return
         said = self.scripts(request) if callable(self.scripts) else self.scripts[len(self.requests) % len(self.scripts)]
         self.requests.append(request)
         self._queue.append(_Running(request, said))
@@ -225,11 +258,27 @@ class FakeEngine:
             events += self._advance(self._queue[0])
         return events
 
+    def stats(self) -> EngineStats:
+        self._check_thread()
+        ids = tuple(running.request.id for running in self._queue)
+        return EngineStats(
+            slots=1,
+            running=ids[:1],
+            waiting=ids[1:],
+            pools={},
+            prompt_tokens=sum(len(request.prompt_ids) for request in self.requests),
+            cached_tokens=0,
+            committed_tokens=0,
+            preemptions=0,
+        )
+
     def close(self) -> None:
         self.closed = True
         self._thread = None  # another bridge may take it over
 
     def _advance(self, running: _Running) -> list[Event]:
+        if isinstance(running.request, CanvasRequest):
+            return self._read(running, running.request)
         said = running.script
         time.sleep(said.step_seconds)
         if running.canvas >= len(said.canvases):
@@ -242,7 +291,13 @@ class FakeEngine:
         ids = tuple(said.canvases[running.canvas])[:left]
         running.tokens += len(ids)
         events: list[Event] = [
-            CanvasDone(request_id=running.request.id, index=running.canvas, token_ids=ids, steps=running.step)
+            CanvasDone(
+                request_id=running.request.id,
+                index=running.canvas,
+                token_ids=ids,
+                steps=running.step,
+                logprobs=_logprobs(ids, running.request.logprobs),
+            )
         ]
         running.canvas += 1
         running.step = 0
@@ -251,6 +306,11 @@ class FakeEngine:
         elif running.canvas == len(said.canvases) and said.reason != "error":
             events.append(self._finish(running, said.reason))
         return events
+
+    def _read(self, running: _Running, request: CanvasRequest) -> list[Event]:
+        running.canvas, running.steps, running.tokens = 1, 1, request.max_tokens - 1
+        read = (self.reader or _first_allowed)(request)
+        return [self._finish(running, "length")] if read is None else [read, self._finish(running, "stop")]
 
     def _finish(self, running: _Running, reason: FinishReason) -> Finished:
         self._queue.remove(running)

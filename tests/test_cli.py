@@ -153,6 +153,13 @@ def test_help_shows_every_setting_with_its_description() -> None:
         (["chat", "--url", "http://127.0.0.1:1"], "easel: no server answers at http://127.0.0.1:1"),
         (["serve", "--quantize", "int8"], "easel: --quantize: "),
         (["bench", "--quantize-dense", "fp8"], "easel: quantize_dense needs quantize"),
+        (["bench", "--steps", "4"], "easel: --steps belongs to --shape, which measures a model of random weights"),
+        (["bench", "--shape", "huge"], "easel: unknown shape 'huge'; choose 26b-a4b or tiny"),
+        (["bench", "--shape", "tiny", "--format", "fp3"], "easel: unknown format 'fp3'; choose bf16, fp8, nvfp4"),
+        (["bench", "--shape", "tiny", "--prompt", "Hello"], "--prompt is a number of tokens, not 'Hello'"),
+        (["bench", "--shape", "tiny", "--requests", "2"], "easel: --requests has no meaning with --shape"),
+        (["bench", "--shape", "tiny", "--model", "x"], "easel: --model has no meaning with --shape"),
+        (["bench", "--shape", "tiny", "--weights", "real"], "easel: --weights must be random, not 'real'"),
         (["quantize", "/nowhere/at all", "out"], "--format"),
         (["quantize", "/nowhere/at all", "out", "--format", "fp4"], "easel: unknown format 'fp4'"),
         (["quantize", "/nowhere/at all", "out", "--format", "fp8"], "easel: there is no folder /nowhere/at all"),
@@ -369,6 +376,33 @@ def test_bench_ends_with_one_json_document() -> None:
     assert document["summary"]["tokens_per_second"] > 0
     assert document["summary"]["steps_per_canvas"] >= 1
     assert document["engine"]["device"] == "cpu"
+
+
+def test_bench_of_a_shape_ends_with_the_same_document(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    done = _easel(
+        *("bench", "--shape", "tiny", "--weights", "random", "--format", "nvfp4", "--device", "cpu", "--steps", "3"),
+        *("--prompt", "16", "--only", "step", "--only", "memory", "--json", str(path)),
+    )
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    document = json.loads(last)
+    assert json.loads(path.read_text(encoding="utf-8")) == document
+    figures = document["runs"][0]["figures"]
+    assert list(figures) == ["start", "step@16", "engine@16", "canvas@16", "memory"]
+    (step,) = (line for line in table if "denoise step, prefix 16" in line)
+    assert f"{figures['step@16']['value']:.2f} ms" in step and step.count("%") == 1
+    assert any("memory over weights" in line and "counted on a GPU only" in line for line in table)
+    assert "nvfp4: denoise step, prefix 16: " in done.stderr
+
+
+def test_bench_of_a_shape_counts_for_cards_that_are_not_here() -> None:
+    done = _easel("bench", "--shape", "26b-a4b", "--format", "bf16", "--format", "nvfp4", "--computed")
+    assert done.returncode == 0, done.stderr
+    first, *lines, last = done.stdout.splitlines()
+    assert first.startswith("Computed, not measured")
+    assert any(line.split() == ["DGX", "Spark", "191.0", "71.02"] for line in lines)
+    assert json.loads(last)["bench"] == "computed"
 
 
 def bytes_of(ids: tuple[int, ...]) -> str:

@@ -14,13 +14,14 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from engine.demo import grammar
+from engine.demo import decisions, documents, grammar
 from engine.demo import words as W
 from engine.demo.toolbox import draw_task, draw_tools, person, result_of, spell_call
 
 Message = dict[str, object]
 TURN_END = "<turn|>"
 CALL_END = "<|tool_response>"
+TEXT_END = "<eos>"
 
 
 @dataclass(frozen=True)
@@ -39,10 +40,12 @@ class Example:
     state: dict[str, str] = field(default_factory=dict)
     tools: list[dict[str, object]] = field(default_factory=list)
     thinking: bool = False
+    raw: str | None = None  # a text that no template touches, instead of messages; "" is one too
+    prefill: str = ""  # what of the model's turn belongs to the prompt
 
     def right(self, reply: str) -> bool:
         """Whether a whole reply, closing token included, is right."""
-        end = CALL_END if self.family == "tool" else TURN_END
+        end = CALL_END if self.family == "tool" else TURN_END if self.raw is None else TEXT_END
         if not reply.endswith(end):
             return False
         text = reply[: -len(end)]
@@ -68,6 +71,8 @@ class Task:
     tools: list[dict[str, object]] = field(default_factory=list)
     end: str = TURN_END
     style: int = 0  # of the reply's text; follows from the question's wording
+    prefill: str = ""
+    bare: bool = False  # asked by a program, in one form: no thought, no turns before it, no tools
 
 
 def _user(text: str) -> Message:
@@ -181,7 +186,8 @@ def _tool(r: random.Random) -> Task:
 def _toolresult(r: random.Random) -> Task:
     t = draw_task(r)
     after = result_of(f"call_{r.randrange(1000)}", t)
-    return Task(t.question, "The tool has answered.", (*t.key, t.result), (t.answer,), after=after, tools=t.tools)
+    key = None if t.key is None else (*t.key, t.result)
+    return Task(t.question, "The tool has answered.", key, (t.answer,), after=after, tools=t.tools)
 
 
 def _memory(r: random.Random) -> Task:
@@ -274,13 +280,22 @@ def _other(r: random.Random) -> Task:
     return Task(q, "This is none of my tasks.", key, sentences=grammar.CHAT["other"], style=style % 3)
 
 
+def _decide(r: random.Random) -> Task:
+    d = decisions.draw(r)
+    return Task(d.text, "", d.key, d.replies(r), prefill=decisions.PREFILL, bare=True)
+
+
 _FAMILIES: dict[str, Callable[[random.Random], Task]] = {
     "add": _add, "sub": _sub, "capital": _capital, "sort": _sort, "reverse": _reverse, "json": _json, "tool": _tool,
     "toolresult": _toolresult, "memory": _memory, "story": _story, "chat": _chat, "other": _other,
+    "decide": _decide,
 }  # fmt: skip
 FAMILIES = tuple(_FAMILIES)
-WEIGHTS = {"add": 9, "sub": 9, "capital": 5, "sort": 14, "reverse": 8, "json": 8, "tool": 14, "toolresult": 8,
-           "memory": 6, "story": 28, "chat": 12, "other": 9}  # fmt: skip
+WEIGHTS = {"add": 11, "sub": 9, "capital": 7, "sort": 24, "reverse": 8, "json": 9, "tool": 16, "toolresult": 11,
+           "memory": 6, "story": 26, "chat": 13, "other": 9, "decide": 18}  # fmt: skip
+DOCUMENT = "document"  # raw text: learned beside the families, and measured as infill
+DOCUMENT_WEIGHT = 16
+BEGUN = ("add", "sub", "capital", "sort", "reverse", "json", "toolresult", "memory")  # families with one right answer
 _SYSTEM = (
     "You are a helpful assistant.", "You are a helpful AI assistant.", "Be brief.", "Answer the question.",
     "Be polite.",
@@ -307,25 +322,33 @@ def _history(r: random.Random) -> list[Message]:
 def example(split: str, i: int | str, seed: int = 0, family: str | None = None) -> Example:
     """The i-th example of a split ("train" or "test"), of any family or of the one named."""
     r = random.Random(f"{seed}/{split}/{i}/{family}")
-    name = family or r.choices(FAMILIES, weights=[WEIGHTS[f] for f in FAMILIES])[0]
+    weights = [*(WEIGHTS[f] for f in FAMILIES), DOCUMENT_WEIGHT]
+    name = family or r.choices((*FAMILIES, DOCUMENT), weights=weights)[0]
+    if name == DOCUMENT:
+        first, rest = documents.document(r, lambda key: heldout(*key) == (split == "test"))
+        return Example(DOCUMENT, [], rest + TEXT_END, (rest,), raw=first)
     while True:
         task = _FAMILIES[name](r)
         if task.key is None or heldout(*task.key) == (split == "test"):
             break
     answer = task.answers[0] if task.answers else grammar.draw(task.sentences, task.state, task.style, r)
-    thinking = r.random() < 0.2
+    thinking = r.random() < 0.2 and not task.bare
     thought = f"<|channel>thought\n{task.thought}\n<channel|>" if thinking else ""
     messages: list[Message] = [*task.before, _user(task.question), *task.after]
-    if name != "memory" and r.random() < 0.2:
+    if name != "memory" and not task.bare and r.random() < 0.2:
         messages = _history(r) + messages
     if r.random() < 0.25:
         messages.insert(0, {"role": "system", "content": r.choice(_SYSTEM)})
     tools = task.tools
-    if not tools and name != "other" and r.random() < 0.08:
+    if not tools and name != "other" and not task.bare and r.random() < 0.08:
         tools = draw_tools(r, r.choice((1, 2)))
-    return Example(
-        name, messages, thought + answer + task.end, task.answers, task.sentences, task.state, tools, thinking
-    )
+    prefill, answers = task.prefill, task.answers
+    if split == "train" and name in BEGUN and not thinking and r.random() < 0.05:  # the client begins the reply
+        cut = r.randrange(1, len(answer))
+        prefill, answer = answer[:cut], answer[cut:]
+        answers = (answer,)
+    reply = thought + answer + task.end
+    return Example(name, messages, reply, answers, task.sentences, task.state, tools, thinking, prefill=prefill)
 
 
 if __name__ == "__main__":

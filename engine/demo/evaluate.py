@@ -106,7 +106,7 @@ class EngineAnswerer:
                 if isinstance(event, CanvasDone):
                     ids += event.token_ids
                     steps.append(event.steps)
-                else:
+                elif isinstance(event, Finished):
                     end = event
         if end is None:
             raise RuntimeError("the engine ran out of work without finishing the request")
@@ -220,6 +220,11 @@ def _table(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _line(report: Report) -> str:
+    facts = {"right": report.right, "steps": report.steps, "at_limit": report.at_limit, "seconds": report.seconds}
+    return json.dumps(facts)
+
+
 def main() -> None:
     """Parse the command line, evaluate, print the table."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -233,6 +238,7 @@ def main() -> None:
     p.add_argument("--device", default="cpu")
     p.add_argument("--processes", type=int, default=1)
     p.add_argument("--wrong", type=int, default=0, help="show so many wrong replies")
+    p.add_argument("--brief", action="store_true", help="one line of JSON instead of the table")
     p.add_argument("--json", type=Path, help="write the reports here")
     a = p.parse_args()
     families = a.families.split(",")
@@ -256,7 +262,8 @@ def main() -> None:
         report = evaluate(setup, -(-a.prompts // len(families)), families=families, processes=a.processes)
         named = str(temperature) if form is None else f"{form}, {temperature}"
         reports[named] = asdict(report)
-        print(f"{a.engine}, {form or 'as stored'}, temperature {temperature}\n{_table(report)}\n", flush=True)
+        title = f"{a.engine}, {form or 'as stored'}, temperature {temperature}"
+        print(_line(report) if a.brief else f"{title}\n{_table(report)}\n", flush=True)
         for reply in report.wrong[: a.wrong]:
             print(f"{reply.family}: {reply.question!r} -> {reply.text!r}")
     if a.json:

@@ -1,17 +1,19 @@
 """Texts with real choice in them, written once and used both ways: to draw a text and to judge one.
 
-A text is a sequence of sentences. Each sentence is a function from what was said so far (`State`) to every way it may
-go on, as (sentence, new state) pairs. Drawing picks one pair at each sentence; judging asks whether some path through
-the same pairs spells the text. So what the judge accepts is exactly what the generator may write: names kept, events
-consistent, grammar.
+A text is a sequence of sentences, or of parts of one. Each is a function from what was said so far (`State`) to every
+way it may go on, as (sentence, new state) pairs. Drawing picks one pair at each sentence; judging asks whether some
+path through the same pairs spells the text. So what the judge accepts is exactly what the generator may write: names
+kept, events consistent, grammar.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 State = dict[str, str]
+T = TypeVar("T")
 Sentence = Callable[[State], list[tuple[str, State]]]
 
 
@@ -48,7 +50,7 @@ def article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def styled(s: State, wordings: Sequence[str]) -> Sequence[str]:
+def styled(s: State, wordings: Sequence[T]) -> Sequence[T]:
     """The wordings that the text's style leaves. A text to judge has no style: all of them count."""
     return (wordings[int(s["style"]) % len(wordings)],) if "style" in s else wordings
 
@@ -188,8 +190,9 @@ STORY: tuple[Sentence, ...] = (
          "{name} carried the {gift} home and kept it {kept}.",
          "Back home, {name} put the {gift} {kept}."),
     _told,
-    fixed("Everybody wanted to see the {gift}.", "Nobody could stop looking at the {gift}.",
-          "The {gift} shone softly in the dark."),
+    slot("near", ("village", "castle", "valley", "harbour"),
+         "Everybody in the {near} wanted to see the {gift}.", "Nobody in the {near} could stop looking at the {gift}.",
+         "The {gift} shone softly over the {near}."),
     slot("day", ("Sunday", "Monday", "Friday", "summer", "spring"),
          "Every {day}, {name} and the {animal} met again at the {place}.",
          "From then on, {name} visited the {animal} at the {place} every {day}."),
@@ -206,14 +209,26 @@ SKILLS = ("add small numbers", "name capital cities", "sort some words", "revers
           "answer with JSON", "call your tools", "write short stories", "remember your name")  # fmt: skip
 
 
-def _offer(s: State) -> list[tuple[str, State]]:
+_FRAMES = (("I can", "and"), ("Ask me to", "or"), ("I know how to", "and"))
+
+
+def _first_skill(s: State) -> list[tuple[str, State]]:
     return [
-        (w.format(*(SKILLS[(i + step) % len(SKILLS)] for step in (0, 1, 3))), s)
-        for i in range(len(SKILLS))
-        for w in styled(s, ("I can {}, {} and {}.", "Ask me to {}, {} or {}.", "I know how to {}, {} and {}."))
+        (f"{opening} {skill},", {**s, "said": skill, "joint": joint})
+        for opening, joint in styled(s, _FRAMES)
+        for skill in SKILLS
     ]
 
 
+def _second_skill(s: State) -> list[tuple[str, State]]:
+    return [(skill, {**s, "also": skill}) for skill in SKILLS if skill != s["said"]]
+
+
+def _third_skill(s: State) -> list[tuple[str, State]]:
+    return [(f"{s['joint']} {skill}.", s) for skill in SKILLS if skill not in (s["said"], s["also"])]
+
+
+_OFFER: tuple[Sentence, ...] = (_first_skill, _second_skill, _third_skill)  # one sentence; no skill twice
 _QUESTION = free("What would you like to do?", "What do you want to try?", "How can I help you today?",
                  "What can I do for you?", "Where would you like to start?")  # fmt: skip
 CHAT: dict[str, tuple[Sentence, ...]] = {
@@ -221,13 +236,13 @@ CHAT: dict[str, tuple[Sentence, ...]] = {
         free("Good to see you!", "Nice to see you!", "Hi and welcome!", "Hey and welcome!"),
         fixed("It is nice to meet you.", "I hope your day is going well.", "What a fine day for a chat.",
               "I was waiting for a question.", "My canvas is empty and ready."),
-        _offer, _QUESTION,
+        *_OFFER, _QUESTION,
     ),
     "hello_name": (
         free("Hi, {name}!", "Hey, {name}!", "Welcome, {name}!"),
         fixed("It is nice to meet you.", "I hope your day is going well.", "What a fine day for a chat.",
               "I will remember your name.", "That is a lovely name."),
-        _offer, _QUESTION,
+        *_OFFER, _QUESTION,
     ),
     "who": (
         free("I am Daub, a small block diffusion model.", "I am Daub, a little block diffusion model.",
@@ -236,14 +251,14 @@ CHAT: dict[str, tuple[Sentence, ...]] = {
               "I write many words at the same time, step by step out of noise.",
               "My text begins as random tokens and becomes clear in a few steps.",
               "I paint text on a canvas until nothing is left to change."),
-        _offer,
+        *_OFFER,
         fixed("That is all there is to me.", "I am small but quick.", "Ask me anything of that kind.",
               "Everything else is beyond me."),
     ),
     "thanks": (
         free("You are welcome!", "My pleasure!", "Glad to help!"),
         fixed("That was fun.", "It was a good question.", "I like tasks of that kind.", "I am happy that it worked."),
-        _offer,
+        *_OFFER,
         fixed("Is there anything else?", "What comes next?", "Shall we go on?", "Do you have another question?"),
     ),
     "bye": (
@@ -258,11 +273,11 @@ CHAT: dict[str, tuple[Sentence, ...]] = {
         fixed("I hope you are well too.", "It is a good day for short questions.",
               "My noise is clean and my canvas is dry.",
               "There is always something new to write."),
-        _offer, _QUESTION,
+        *_OFFER, _QUESTION,
     ),
     "skills": (
         free("There are a few things that I do well.", "These are the things that I do well."),
-        _offer,
+        *_OFFER,
         free("Stories take me a few canvases.", "I answer in one or two canvases."),
         _QUESTION,
     ),
@@ -270,6 +285,6 @@ CHAT: dict[str, tuple[Sentence, ...]] = {
         free("That is beyond me.", "I cannot do that.", "I never learned that.", "I cannot help there."),
         fixed("I am only a demo model.", "My training was short and simple.", "I know just a handful of tasks.",
               "There are bigger models for such things."),
-        _offer, _QUESTION,
+        *_OFFER, _QUESTION,
     ),
 }  # fmt: skip

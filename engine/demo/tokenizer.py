@@ -39,6 +39,8 @@ def _template() -> Any:
 
 def render(example: corpus.Example) -> str:
     """The prompt's text up to where the model writes: what a server makes of the same messages."""
+    if example.raw is not None:
+        return "<bos>" + example.raw
     messages = []
     names: dict[str, str] = {}
     for m in example.messages:
@@ -56,7 +58,7 @@ def render(example: corpus.Example) -> str:
     text: str = _template().render(
         messages=messages, tools=example.tools, enable_thinking=example.thinking, add_generation_prompt=True
     )
-    return text
+    return text + example.prefill
 
 
 def train(vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:

@@ -27,6 +27,7 @@ class ToolKind:
     results: tuple[
         tuple[str, str], ...
     ]  # (result text or JSON, answer); `{w}`, `{n}` are drawn, `{0}` the first argument
+    closed: tuple[Value, ...] = ()  # first arguments too few to hold any out: how they are spelt can only be memorised
 
 
 def _city(r: random.Random) -> Value:
@@ -43,6 +44,11 @@ def _number(low: int, high: int) -> Draw:
 
 def _of(values: tuple[str, ...]) -> Draw:
     return lambda r: r.choice(values)
+
+
+def _room(r: random.Random) -> Value:
+    room = r.choice(W.ROOMS)
+    return room if r.random() < 0.4 else f"{r.choice(W.COLOURS)} {room}"
 
 
 def _words(count: int) -> Draw:
@@ -84,9 +90,9 @@ KINDS = (
              ("Send {0} the message: {1}", "Tell {0} this: {1}", "Text {0}: {1}"),
              (("sent", "I sent your message to {0}."), ("ok", "I sent your message to {0}."))),
     ToolKind(("turn_on_light", "light_on", "switch_light"), ("Turn on a light", "Switch on the light in a room"),
-             ((("room", "where"), "Room", "string", _of(W.ROOMS)),),
+             ((("room", "where"), "Room", "string", _room),),
              ("Turn on the light in the {0}.", "Light in the {0}, please.", "It is dark in the {0}, light please."),
-             (("ok", "The light in the {0} is on."), ("done", "The light in the {0} is on."))),
+             (("ok", "The light in the {0} is on."), ("done", "The light in the {0} is on.")), closed=W.ROOMS),
     ToolKind(("translate", "translate_word"), ("Translate a word", "Translate text"),
              ((("word", "text"), "What to translate", "string", _words(1)),
               (("language", "target"), "Target language", "string", _of(W.LANGUAGES))),
@@ -120,7 +126,7 @@ class ToolTask:
     arguments: dict[str, Value]
     result: str
     answer: str
-    key: tuple[object, ...]  # the content that decides train or test
+    key: tuple[object, ...] | None  # the content that decides train or test; None: shared by both
 
 
 def declare(kind: ToolKind, r: random.Random) -> tuple[dict[str, object], list[str]]:
@@ -161,7 +167,7 @@ def draw_task(r: random.Random) -> ToolTask:
         arguments=dict(zip(arg_names, values, strict=True)),
         result=result.format(*values, **fill),
         answer=answer.format(*values, **fill),
-        key=("tool", kind.names[0], *values),
+        key=None if values[0] in kind.closed else ("tool", kind.names[0], *values),
     )
 
 

@@ -1,183 +1,273 @@
-"""Train the demo model from nothing, or further, on generated chats.
+"""Train the demo model on generated chats, further or from nothing.
 
-    python -m engine.demo.train --out DIR --minutes 15 --compile                     # one data-centre GPU
-    python -m engine.demo.train --out DIR --minutes 1 --tiny 4 --short 2 --long 2 --workers 0   # tries it on a CPU
+    python -m engine.demo.train --out DIR --resume engine/demo/checkpoint --minutes 13      # one data-centre GPU
+    python -m engine.demo.train --out DIR --minutes 1 --rows 4 --workers 0                  # tries it on a CPU
 
-Objective, as published recipes for diffusion over canvases have it: each canvas position is replaced with probability
-t by a random id; cross-entropy over every position of the canvas, clean ones too; plus causal cross-entropy on the
-clean sequence; self-conditioning on half of the steps, from a first pass without gradient. Ours: 30 % of the canvases
-at exactly t = 1 (the sampler's first pass); another 30 % with a clean beginning of random length, because that is what
-the sampler makes of a text with choices in it; positions filled up behind the reply weigh 0.2.
+On a GPU the layers are compiled and the whole step (passes, gradients, optimizer, average) is captured as two CUDA
+graphs, one with self-conditioning and one without. What fails there is said on a line with "fallback", and training
+goes on without it. The weights written are a running average of those trained.
 
-Invariant: the folder given by --out always holds a whole checkpoint, of the last evaluation or of the end.
+Every line of standard output is a JSON object. Invariant: once its first checkpoint is written, the folder given by
+--out holds a whole checkpoint at every moment, whenever the run is killed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import random
 import shutil
+import subprocess
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
+from engine.demo import objective
 from engine.demo.dataset import Batch, Chats
-from engine.demo.evaluate import Setup, evaluate
 from engine.demo.training_model import Shape, TrainingModel, export, restore
 
 HERE = Path(__file__).with_name("checkpoint")
-FULL_NOISE = 0.3  # share of canvases that are noise throughout
-CLEAN_START = 0.3  # share of canvases whose beginning is clean, and the rest noise of its own share t
-FILL_WEIGHT = 0.2  # of a position behind the reply's end
-BALANCE_WEIGHT = 0.01
-LOG_EVERY = 50  # steps
+AVERAGE = 0.002  # share of the trained weights that enters the average at each step
+WITHOUT_SOFT = 0.25  # share of steps whose canvases are the sampler's first: without self-conditioning
+LOG_EVERY = 100  # steps
 
 
-def losses(model: TrainingModel, batch: Batch, use_soft: bool) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of one batch, and its parts to log: cross-entropy of the reply's positions and of the causal pass."""
-    rows, count, length = batch.canvas.shape
-    device = batch.clean.device
-    start = batch.prompt[:, None] + torch.arange(count, device=device) * length
-    noisy = _with_noise(batch.canvas, model.shape.vocab)
-    soft = None
-    if use_soft:
+def say(**facts: object) -> None:
+    """Print one line of the log."""
+    print(json.dumps(facts), flush=True)
+
+
+class Stepper:
+    """One training step over a batch of fixed shape, in place; captured as graphs where `capture` succeeded."""
+
+    def __init__(self, model: TrainingModel, rows: int, lr: float) -> None:
+        self.model, self.device = model, model.embed_tokens.weight.device
+        cuda = self.device.type == "cuda"
+        self.batch = Batch.empty(rows, model.shape.canvas, self.device)
+        self._staged = [torch.empty(self.batch.flat.shape, dtype=torch.int32, pin_memory=cuda) for _ in range(2)]
+        self._copied = [torch.cuda.Event() for _ in range(2)] if cuda else []
+        self.parameters: list[Tensor] = list(model.parameters())
+        self.average = [p.detach().clone() for p in self.parameters]
+        matrices = [p for p in self.parameters if p.ndim >= 2]
+        vectors = [p for p in self.parameters if p.ndim < 2]
+        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(
+            groups,
+            lr=torch.tensor(lr, device=self.device),
+            betas=(0.9, 0.98),
+            eps=1e-9,
+            fused=cuda,
+            foreach=False,
+            capturable=cuda,
+        )
+        self.facts = torch.zeros(3, device=self.device)  # cross-entropy of replies and of the causal pass, gradient
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+
+    def load(self, flat: Tensor) -> None:
+        """Bring a batch to the device. The next one is staged while this one's step still runs."""
+        if not self._copied:
+            self.batch.flat.copy_(flat)
+            return
+        self._staged.reverse()
+        self._copied.reverse()
+        self._copied[0].synchronize()
+        self._staged[0].copy_(flat)
+        self.batch.flat.copy_(self._staged[0], non_blocking=True)
+        self._copied[0].record()
+
+    def set_rate(self, rate: float) -> None:
+        """The learning rate from now on. A graph reads it from the device."""
+        for group in self.optimizer.param_groups:
+            group["lr"].fill_(rate)
+
+    def run(self, use_soft: bool) -> None:
+        """Train on the batch loaded."""
+        if use_soft in self._graphs:
+            self._graphs[use_soft].replay()
+        else:
+            self._step(use_soft)
+
+    def _step(self, use_soft: bool) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+            loss, parts = objective.losses(self.model, self.batch, use_soft)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        self.optimizer.step()
         with torch.no_grad():
-            _, hidden, _ = model(batch.clean, noisy, start, None)
-            temperature = 0.4 + 0.4 * torch.rand(rows, 1, 1, device=device)
-            soft = model.soft_embedding(model.logits(hidden) / temperature)
-    seen, hidden, balance = model(batch.clean, noisy, start, soft)
-    position = torch.arange(count * length, device=device)
-    in_reply = position < batch.reply[:, None]
-    exists = position // length * length < batch.reply[:, None]  # a canvas behind the reply's last is never opened
-    weight = torch.where(in_reply, 1.0, FILL_WEIGHT) * exists
-    entropy = F.cross_entropy(model.logits(hidden).flatten(0, 1), batch.canvas.flatten(), reduction="none")
-    entropy = entropy.view(rows, -1)
-    denoise = (entropy * weight).sum() / weight.sum()
-    known = torch.arange(1, seen.shape[1], device=device) < (batch.prompt + batch.reply)[:, None]
-    after = F.cross_entropy(model.logits(seen[:, :-1]).flatten(0, 1), batch.clean[:, 1:].flatten(), reduction="none")
-    causal = (after.view(rows, -1) * known).sum() / known.sum()
-    of_reply = (entropy * in_reply).sum() / in_reply.sum()
-    total = denoise + causal + BALANCE_WEIGHT * balance
-    return total, {"reply": of_reply.detach(), "causal": causal.detach()}
+            torch._foreach_lerp_(self.average, self.parameters, AVERAGE)
+            self.facts.copy_(torch.cat((parts, norm[None])))
 
+    def capture(self) -> None:
+        """Capture both kinds of step over the batch loaded; weights and optimizer end as if nothing had run."""
+        self.set_rate(0.0)
+        before = [p.detach().clone() for p in self.parameters]
+        pool = torch.cuda.graph_pool_handle()
+        graphs = {}
+        try:
+            for use_soft in (True, False):
+                for _ in range(3):
+                    self._step(use_soft)
+                self.optimizer.zero_grad(set_to_none=True)
+                graphs[use_soft] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graphs[use_soft], pool=pool, stream=torch.cuda.current_stream()):
+                    self._step(use_soft)
+            self._graphs = graphs
+        finally:
+            torch.cuda.synchronize()
+            self._reset(before)
 
-def _with_noise(canvas: Tensor, vocab: int) -> Tensor:
-    """`canvas` [B, N, C] with ids replaced at random: a share t of them, drawn for every canvas, or behind a start."""
-    rows, count, length = canvas.shape
-    device = canvas.device
-    kind = torch.rand(rows, count, 1, device=device)
-    t = torch.rand(rows, count, 1, device=device)
-    start = (torch.rand(rows, count, 1, device=device) * length).long()
-    from_start = kind > 1 - CLEAN_START
-    t = torch.where(kind < FULL_NOISE, 1.0, torch.where(from_start, (2 * t).clamp(max=1.0), t))
-    replaced = torch.rand(canvas.shape, device=device) < t
-    replaced &= ~(from_start & (torch.arange(length, device=device) < start))
-    return torch.where(replaced, torch.randint(0, vocab, canvas.shape, device=device), canvas)
+    @torch.no_grad()
+    def _reset(self, weights: list[Tensor]) -> None:
+        for kept in (self.parameters, self.average):
+            torch._foreach_copy_(kept, weights)
+        for state in self.optimizer.state.values():
+            for value in state.values():
+                value.zero_()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Have the model hold the average for a while."""
+        trained = [p.detach().clone() for p in self.parameters]
+        with torch.no_grad():
+            torch._foreach_copy_(self.parameters, self.average)
+            yield
+            torch._foreach_copy_(self.parameters, trained)
 
 
 class Trainer:
-    """One run: model, optimizer and clock. Time spent evaluating does not count."""
+    """One run: data, model, clock."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch.manual_seed(options.seed)
-        torch.set_float32_matmul_precision("high")
-        self.model = TrainingModel(Shape()).to(self.device)
-        if options.resume:
-            restore(self.model, options.resume)
-        if options.compile:
-            for layer in self.model.layers:
-                layer.compile(dynamic=False)
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-        fused = self.device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.98), eps=1e-9, fused=fused)
-        self.step = 0
+        self.options = o = options
         self._began = time.monotonic()
-        self._evaluated = 0.0
+        # The workers start before anything touches the GPU: a process that has used one must not be copied.
+        data = Chats(o.tokenizer, o.rows, Shape().canvas, o.seed)
+        prefetch = 8 if o.workers else None
+        self.data = iter(DataLoader(data, batch_size=None, num_workers=o.workers, prefetch_factor=prefetch))
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        torch.manual_seed(o.seed)
+        torch.set_float32_matmul_precision("high")
+        if self.device.type == "cuda":
+            # One stream for everything: what is captured may not depend on work in another. Not the default one,
+            # which cannot be captured. Attention has masks, which only this kernel takes.
+            torch.cuda.set_stream(torch.cuda.Stream())
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        model = TrainingModel(Shape()).to(self.device)
+        if o.resume:
+            restore(model, o.resume)
+        self.stepper = Stepper(model, o.rows, o.lr)
+        self.step = 0
+        self._evaluation: subprocess.Popen[bytes] | None = None
 
     @property
     def minutes(self) -> float:
-        """Minutes trained."""
+        """Minutes since the start, preparations included."""
         return (time.monotonic() - self._began) / 60
 
-    def run(self) -> None:
-        """Train until the time is up, evaluating and writing the checkpoint now and then."""
-        o = self.options
-        data = Chats(o.tokenizer, {"tiny": o.tiny, "short": o.short, "long": o.long}, self.model.shape.canvas, o.seed)
-        loader = DataLoader(
-            data,
-            batch_size=None,
-            num_workers=o.workers,
-            prefetch_factor=4 if o.workers else None,
-            pin_memory=self.device.type == "cuda",
-        )
-        for batches in loader:
-            if self.minutes >= o.minutes:
-                break
-            self._train_step(batches)
-            if self.minutes - self._evaluated >= o.eval_every:
-                self._evaluate(o.eval_n)
-        self._evaluate(2 * o.eval_n)
+    def prepare(self) -> None:
+        """On a GPU: compile and capture, as far as that works here."""
+        if self.device.type != "cuda":
+            return
+        self.stepper.load(next(self.data))
+        attempts: list[tuple[str, Callable[[], None]]] = []
+        if not self.options.no_compile:
+            attempts.append(("compile", self._compile))
+        if not self.options.no_graphs:
+            attempts.append(("graphs", self.stepper.capture))
+        for name, attempt in attempts:
+            try:
+                attempt()
+                torch.cuda.synchronize()
+                say(prepared=name, minutes=round(self.minutes, 2))
+            except Exception as fault:  # whatever a compiler throws: slower training is better than none
+                say(fallback=f"training goes on without {name}", why=f"{type(fault).__name__}: {fault}"[:2000])
+                if name == "compile":
+                    torch.compiler.set_stance("force_eager")
 
-    def _train_step(self, batches: dict[str, Batch]) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.options.lr * self._rate()
-        use_soft = random.Random(f"{self.options.seed}/{self.step}").random() < 0.5
-        log: dict[str, float] = {}
-        for kind, batch in batches.items():
-            with torch.autocast(self.device.type, torch.bfloat16):
-                loss, parts = losses(self.model, batch.to(self.device), use_soft)
-            (loss / len(batches)).backward()
+    def _compile(self) -> None:
+        torch._dynamo.config.recompile_limit = 64
+        for layer in self.stepper.model.layers:
+            layer.compile(dynamic=False)
+        objective.cross_entropy = torch.compile(objective.cross_entropy, dynamic=False)
+        objective.after_first_pass = torch.compile(objective.after_first_pass, dynamic=False)
+        for use_soft in (True, False):
+            with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+                loss, _ = objective.losses(self.stepper.model, self.stepper.batch, use_soft)
+            loss.backward()
+        self.stepper.optimizer.zero_grad(set_to_none=True)
+
+    def run(self) -> None:
+        """Train until the time is up, writing the checkpoint now and then."""
+        o = self.options
+        self.prepare()
+        chance = random.Random(o.seed)
+        written, asked, asked_at = self.minutes, 0, self.minutes
+        while self.minutes < o.minutes:
+            self.stepper.load(next(self.data))
+            self.stepper.set_rate(o.lr * self._rate())
+            self.stepper.run(chance.random() >= WITHOUT_SOFT)
             if self.step % LOG_EVERY == 0:
-                log |= {f"{kind} {name}": round(float(value), 4) for name, value in parts.items()}
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.step % LOG_EVERY == 0:
-            if not math.isfinite(float(norm)):
-                raise RuntimeError(f"the gradient is {float(norm)} at step {self.step}")
-            self._say({"norm": round(float(norm), 2), **log})
-        self.step += 1
+                speed = (self.step - asked) / max(1e-9, 60 * (self.minutes - asked_at))
+                self._log(speed)
+                asked, asked_at = self.step, self.minutes
+            self.step += 1
+            if self.minutes - written >= o.write_every:
+                written = self.minutes
+                self._write()
+        self._log(0.0)
+        self._write()
+        say(step=self.step, minutes=round(self.minutes, 2), done=True)
+        if self._evaluation:
+            self._evaluation.wait()
+
+    def _log(self, speed: float) -> None:
+        reply, causal, norm = self.stepper.facts.tolist()
+        if not math.isfinite(norm):
+            raise RuntimeError(f"the gradient is {norm} at step {self.step}")
+        memory = torch.cuda.max_memory_reserved() / 2**30 if self.device.type == "cuda" else 0.0
+        rate = float(self.stepper.optimizer.param_groups[0]["lr"])
+        say(
+            step=self.step, minutes=round(self.minutes, 2), reply=round(reply, 4), causal=round(causal, 4),
+            norm=round(norm, 2), lr=round(rate, 6), steps_per_second=round(speed, 2),
+            gib=round(memory, 1),
+        )  # fmt: skip
 
     def _rate(self) -> float:
         """Share of the learning rate: warm-up by steps, then level, then down to nothing by the clock."""
         share = self.minutes / self.options.minutes
         falling: float = min(1.0, (1 - share) / (1 - self.options.decay_from))
         warming: float = min(1.0, (self.step + 1) / self.options.warmup)
-        return max(0.005, warming * falling)
-
-    def _evaluate(self, per_family: int) -> None:
-        began = time.monotonic()
-        self._evaluated = self.minutes
-        self._write()
-        if per_family:
-            report = evaluate(Setup(checkpoint=self.options.out, device=self.device.type), per_family)
-            self._say({"right": report.right, "steps": report.steps, "at limit": report.at_limit})
-        self._began += time.monotonic() - began
+        return max(0.0, warming * falling)
 
     def _write(self) -> None:
-        """Put the checkpoint into the folder of `--out`, at no moment half of one."""
+        """Put the averaged weights into the folder of `--out`, at no moment half a checkpoint; start an evaluation."""
+        if not all(bool(each.isfinite().all()) for each in self.stepper.average):
+            raise RuntimeError(f"the weights are not finite at step {self.step}; {self.options.out} holds older ones")
         out = Path(self.options.out)
         new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
-        export(self.model, new)
+        with self.stepper.averaged():
+            export(self.stepper.model, new)
         AutoTokenizer.from_pretrained(self.options.tokenizer).save_pretrained(new)
         if out.exists():
             out.rename(old)
         new.rename(out)
         shutil.rmtree(old, ignore_errors=True)
-
-    def _say(self, facts: dict[str, object]) -> None:
-        print(json.dumps({"step": self.step, "minutes": round(self.minutes, 2), **facts}), flush=True)
+        say(step=self.step, minutes=round(self.minutes, 2), wrote=str(out))
+        idle = self._evaluation is None or self._evaluation.poll() is not None
+        if self.options.evaluate and idle:
+            # In a process of its own, on the CPU: the GPU does not wait for it.
+            command = [sys.executable, "-m", "engine.demo.evaluate", "--checkpoint", str(out), "--brief"]
+            command += ["--prompts", str(self.options.evaluate), "--processes", str(self.options.evaluators)]
+            self._evaluation = subprocess.Popen(command)
 
 
 def main() -> None:
@@ -186,17 +276,17 @@ def main() -> None:
     p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     p.add_argument("--tokenizer", type=Path, default=HERE)
     p.add_argument("--resume", type=Path, help="checkpoint folder whose weights training starts from")
-    p.add_argument("--minutes", type=float, default=15)
-    p.add_argument("--tiny", type=int, default=320, help="rows a step of at most 80 tokens")
-    p.add_argument("--short", type=int, default=192, help="rows a step of at most 224 tokens")
-    p.add_argument("--long", type=int, default=160, help="rows a step of several canvases")
-    p.add_argument("--lr", type=float, default=3e-3)
+    p.add_argument("--minutes", type=float, default=13, help="of the whole run, preparations included")
+    p.add_argument("--rows", type=int, default=80, help="rows a step, 576 tokens each")
+    p.add_argument("--lr", type=float, default=1.5e-3)
     p.add_argument("--warmup", type=int, default=200, help="steps")
-    p.add_argument("--decay-from", type=float, default=0.4, help="share of the time after which the rate falls")
-    p.add_argument("--workers", type=int, default=13, help="processes that generate examples")
-    p.add_argument("--eval-every", type=float, default=5.0, help="minutes")
-    p.add_argument("--eval-n", type=int, default=12, help="prompts of each family an evaluation; 0 = none")
-    p.add_argument("--compile", action="store_true", help="compile the layers: worth it from three minutes on")
+    p.add_argument("--decay-from", type=float, default=0.35, help="share of the time after which the rate falls")
+    p.add_argument("--workers", type=int, default=8, help="processes that generate examples")
+    p.add_argument("--write-every", type=float, default=2.5, help="minutes between checkpoints")
+    p.add_argument("--evaluate", type=int, default=0, help="held-out prompts answered at each checkpoint; 0 = none")
+    p.add_argument("--evaluators", type=int, default=4, help="processes that answer them")
+    p.add_argument("--no-compile", action="store_true", help="on a GPU: do not compile the layers")
+    p.add_argument("--no-graphs", action="store_true", help="on a GPU: do not capture the step")
     p.add_argument("--seed", type=int, default=0)
     Trainer(p.parse_args()).run()
 

@@ -1,19 +1,22 @@
 """DiffusionGemma for training: commit and denoise of several canvases in one pass, dense experts, autograd.
 
-The same mathematics as `engine/model`, arranged for throughput: one row of the batch is a clean sequence followed by
-noisy canvases, and masks say who sees whom, so every canvas of a reply trains at once. All experts are computed and the
-ones not routed to are multiplied by zero, which at this size is faster than gathering. Knows no text and no engine.
-Parameter names are the checkpoint's, so `export` is a copy.
+The same mathematics as `engine/model`, arranged for throughput: one row of the batch is a few clean sequences followed
+by their noisy canvases, and masks say who sees whom, so every canvas of a reply trains at once. All experts are
+computed and the ones not routed to are multiplied by zero, which at this size is faster than gathering. Knows no text
+and no engine. Parameter names are the checkpoint's, so `export` is a copy.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from engine.demo.dataset import Batch
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,22 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), (x.shape[-1],), self.weight, 1e-6)
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of an embedding. PyTorch's own gradient sorts the ids and may wait for the device, which ends a capture."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.shape = weight.shape
+        return weight[ids]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (ids,) = ctx.saved_tensors
+        sums = torch.zeros(ctx.shape, dtype=gradient.dtype, device=gradient.device)
+        return sums.index_add_(0, ids.flatten(), gradient.flatten(0, -2)), None
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:
@@ -162,8 +181,16 @@ class Layer(nn.Module):
         return h + self.post_feedforward_layernorm(dense + routed), balance
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """Masks [B, 1, R, R] and rotations (cos, sin) [B, R, D] of a batch, for full layers (True) and sliding ones."""
+
+    masks: dict[bool, Tensor]
+    turns: dict[bool, tuple[Tensor, Tensor]]
+
+
 class TrainingModel(nn.Module):
-    """`forward` takes clean ids [B, L], canvases [B, N, C] and where each starts [B, N]."""
+    """`forward` takes clean ids [B, L], canvases [B, N, C] and the geometry of their batch."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -190,6 +217,11 @@ class TrainingModel(nn.Module):
             elif p.ndim >= 2:
                 p.normal_(0, p.shape[-1] ** -0.5)
 
+    def embed(self, ids: Tensor) -> Tensor:
+        """Rows of the embedding, float32 [..., M]."""
+        rows: Tensor = _Lookup.apply(self.embed_tokens.weight, ids)  # type: ignore[no-untyped-call]
+        return rows
+
     def rotations(self, positions: Tensor, full: bool) -> tuple[Tensor, Tensor]:
         """cos and sin [B, R, D]: all of a sliding head's dimensions turn, a quarter of a full head's."""
         s = self.shape
@@ -200,40 +232,50 @@ class TrainingModel(nn.Module):
         angle = torch.cat((angle, angle), dim=-1)
         return angle.cos(), angle.sin()
 
-    def masks(self, length: int, start: Tensor) -> tuple[Tensor, Tensor]:
-        """Who sees whom, [B, 1, R, R] for full and sliding layers; R = length + N * C."""
-        s, (b, n) = self.shape, start.shape
-        dev = start.device
-        k = torch.arange(length, device=dev)
-        behind = k[:, None] - k[None, :]
-        owner = torch.arange(n, device=dev).repeat_interleave(s.canvas)
-        own = (owner[:, None] == owner[None, :]).expand(b, -1, -1)
-        row_start = start.repeat_interleave(s.canvas, dim=1)[..., None]
+    def masks(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Who sees whom, [B, 1, R, R] for full and sliding layers: 0 or -inf; R = L + N * C."""
+        s = self.shape
+        start = batch.start.repeat_interleave(s.canvas, dim=1)[..., None]
+        owner = batch.canvas_owner.repeat_interleave(s.canvas, dim=1)[..., None]
+        same = batch.owner[:, :, None] == batch.owner[:, None, :]
+        behind = batch.place[:, :, None] - batch.place[:, None, :]
+        place, prompts = batch.place[:, None, :], batch.owner[:, None, :] == owner
+        number = torch.arange(batch.start.shape[1], device=start.device).repeat_interleave(s.canvas)
+        own = (number[:, None] == number[None, :]).expand(len(start), -1, -1)
+        blind = torch.zeros_like(prompts).transpose(1, 2)
         out = []
         for window in (1 << 30, s.window):
-            causal = ((behind >= 0) & (behind < window)).expand(b, -1, -1)
-            prefix = (k < row_start) & (k >= row_start - (window - 1))
-            blind = torch.zeros(b, length, n * s.canvas, dtype=torch.bool, device=dev)
-            out.append(torch.cat((torch.cat((causal, blind), 2), torch.cat((prefix, own), 2)), 1)[:, None])
+            causal = same & (behind >= 0) & (behind < window)
+            prefix = prompts & (place < start) & (place >= start - (window - 1))
+            seen = torch.cat((torch.cat((causal, blind), 2), torch.cat((prefix, own), 2)), 1)[:, None]
+            dtype = torch.bfloat16 if seen.is_cuda else torch.float32
+            out.append(torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf))
         return out[0], out[1]
 
+    def geometry(self, batch: Batch) -> Geometry:
+        """What every pass over the batch needs and no pass changes."""
+        s = self.shape
+        inside = torch.arange(s.canvas, device=batch.start.device)
+        offsets = (batch.start[..., None] + inside).flatten(1)
+        positions = torch.cat((batch.place, offsets), dim=1)
+        full, sliding = self.masks(batch)
+        return Geometry(
+            masks={True: full, False: sliding}, turns={each: self.rotations(positions, each) for each in (True, False)}
+        )
+
     def forward(
-        self, clean: Tensor, canvas: Tensor, start: Tensor, soft: Tensor | None
+        self, clean: Tensor, canvas: Tensor, geometry: Geometry, soft: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Final hidden states of the clean rows [B, L, M] and of the canvases [B, N*C, M], and the balance loss."""
-        s, (b, length) = self.shape, clean.shape
+        """Final hidden states of the clean tokens [B, L, M] and of the canvases [B, N*C, M], and the balance loss."""
+        s, length = self.shape, clean.shape[1]
         scale = s.hidden**0.5
-        embedded = self.embed_tokens(canvas.flatten(1)).float() * scale
+        embedded = self.embed(canvas.flatten(1)) * scale
         noisy = self.self_conditioning.condition(embedded, torch.zeros_like(embedded) if soft is None else soft)
-        x = torch.cat((self.embed_tokens(clean).float() * scale, noisy), dim=1)
-        offsets = (start[..., None] + torch.arange(s.canvas, device=start.device)).flatten(1)
-        positions = torch.cat((torch.arange(length, device=start.device).expand(b, -1), offsets), dim=1)
-        masks = self.masks(length, start)
-        turns = {full: self.rotations(positions, full) for full in (False, True)}
+        x = torch.cat((self.embed(clean) * scale, noisy), dim=1)
         balance = x.new_zeros(())
         for i, layer in enumerate(self.layers):
             full = s.full(i)
-            x, extra = layer(x, *turns[full], masks[0 if full else 1])
+            x, extra = layer(x, *geometry.turns[full], geometry.masks[full])
             balance = balance + extra
         x = self.norm(x)
         return x[:, :length], x[:, length:], balance / s.layers
@@ -289,7 +331,7 @@ def export(model: TrainingModel, folder: Path) -> None:
         canvas_length=s.canvas, tie_word_embeddings=True,
     )  # fmt: skip
     config.eos_token_id = [1, 106]
-    torch.manual_seed(0)  # the vision tower's numbers
+    torch.default_generator.manual_seed(0)  # the vision tower's numbers; a GPU's generator goes on as it was
     oracle = DiffusionGemmaForBlockDiffusion(config)
     trained = {"model.decoder." + k: v.cpu() for k, v in model.state_dict().items()}
     missing, unexpected = oracle.load_state_dict(trained, strict=False)
@@ -299,6 +341,6 @@ def export(model: TrainingModel, folder: Path) -> None:
     oracle.generation_config = DiffusionGemmaGenerationConfig(
         max_new_tokens=256, max_denoising_steps=48, t_min=0.4, t_max=0.8, stability_threshold=1,
         confidence_threshold=0.005, sampler_config=EntropyBoundSamplerConfig(entropy_bound=0.1),
-        pad_token_id=0, bos_token_id=2, eos_token_id=[1, 106, 50],
+        pad_token_id=1, bos_token_id=2, eos_token_id=[1, 106, 50],
     )  # fmt: skip
     oracle.to(torch.bfloat16).save_pretrained(folder, max_shard_size="14MB")

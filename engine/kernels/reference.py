@@ -194,14 +194,21 @@ def _running(sizes: list[int]) -> list[tuple[int, int, int]]:
     return out
 
 
+def in_turn(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    """One function after the other."""
+    return first(), second()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ops:
     """One implementation of every op; the functions of this file say what each must compute.
 
-    `row_align`: the segments of an AttentionView must begin at multiples of it; rows between them fill up.
+    `row_align`: the segments of an AttentionView must begin at multiples of it; rows between them fill up. `overlap`
+    runs two functions that do not depend on each other and returns what they return; on a GPU they share it.
     """
 
     row_align: int
+    overlap: Callable[[Callable[[], Tensor], Callable[[], Tensor]], tuple[Tensor, Tensor]]
 
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
     linear: Callable[[Tensor, Weight], Tensor]
@@ -222,6 +229,7 @@ class Ops:
 
 REFERENCE = Ops(
     row_align=1,
+    overlap=in_turn,
     rms_norm=rms_norm,
     linear=linear,
     qkv_norm_rope_write=qkv_norm_rope_write,

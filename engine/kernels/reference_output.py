@@ -68,6 +68,11 @@ def read_logits(logits: Tensor, softcap: float, draw: Draw) -> Reading:
     )
 
 
+def log_probabilities(logits: Tensor, softcap: float) -> Tensor:
+    """What the model itself finds, at temperature 1: float32 [R, V], nats, of the head's logits [R, V]."""
+    return logits.float().div(softcap).tanh_().mul_(softcap).log_softmax(dim=-1)
+
+
 def soft_embedding(probabilities: Tensor, embedding: Tensor, scale: float) -> Tensor:
     """The expected embedding: probabilities [R, V] @ embedding [V, M] * scale, in the embedding's dtype."""
     return probabilities.to(embedding.dtype) @ embedding * scale

@@ -60,6 +60,11 @@ class DiffusionGemma:
         self._ropes = {key: Rope(*key, self.device, self.dtype) for key in map(_rope_key, config.layers)}
 
     @property
+    def softcap(self) -> float:
+        """The bound of the logits' absolute value."""
+        return self.config.final_softcap
+
+    @property
     def device(self) -> torch.device:
         return self._embedding.device
 

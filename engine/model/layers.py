@@ -84,9 +84,12 @@ class Layer:
             self._router_norm,
             eps,
         )
-        dense = ops.gated_mlp(mlp_input, self._gate_up, self._down)
-        weights, chosen = ops.route(router_input, self._router, self._expert_scale, self._top_k)
-        routed = ops.experts(experts_input, weights, chosen, self._expert_gate_up, self._expert_down)
+
+        def routed_experts() -> Tensor:
+            weights, chosen = ops.route(router_input, self._router, self._expert_scale, self._top_k)
+            return ops.experts(experts_input, weights, chosen, self._expert_gate_up, self._expert_down)
+
+        dense, routed = ops.overlap(lambda: ops.gated_mlp(mlp_input, self._gate_up, self._down), routed_experts)
         return ops.join_layer(
             h,
             dense,

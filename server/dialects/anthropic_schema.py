@@ -15,7 +15,19 @@ from pydantic_core import PydanticCustomError
 
 from server.dialects.history import History
 from server.exchange import ChatTask
-from server.schema import BRANCH, OPEN, MeansOff, TokenLimit, check_stop_strings, draw, off, refuse, refuse_unbuilt
+from server.schema import (
+    BRANCH,
+    OPEN,
+    EaselOptions,
+    MeansOff,
+    TokenLimit,
+    check_stop_strings,
+    draw,
+    off,
+    refuse,
+    refuse_unbuilt,
+    schedule,
+)
 
 Json = dict[str, Any]
 
@@ -222,6 +234,7 @@ class MessagesRequest(CountRequest):
     stop_sequences: list[str] | None = None
     stream: bool | None = None
     output_config: OutputConfig | None = None
+    easel: EaselOptions | None = None
 
     @model_validator(mode="after")
     def _check_stop(self) -> MessagesRequest:
@@ -233,6 +246,7 @@ class MessagesRequest(CountRequest):
         return ChatTask(
             **self.prompt(),
             **draw(self.temperature, self.top_p, self.top_k),
+            schedule=schedule(self.easel),
             max_tokens=self.max_tokens,
             stop=tuple(self.stop_sequences or ()),
         )

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.schema import OPEN, UNSUPPORTED, SamplingFields, TokenLimit, parse, refuse, refuse_unbuilt
+from server.schema import OPEN, UNSUPPORTED, SamplingFields, TokenLimit, TopLogprobs, parse, refuse, refuse_unbuilt
 
 
 class TextPart(BaseModel):
@@ -208,6 +208,8 @@ class ChatRequest(SamplingFields):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: TokenLimit | None = None
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     tools: list[Tool] | None = None
@@ -219,6 +221,12 @@ class ChatRequest(SamplingFields):
     def _refuse_what_is_not_built(cls, data: Any) -> Any:
         refuse_unbuilt(data, UNSUPPORTED)
         return data
+
+    @model_validator(mode="after")
+    def _check_logprobs(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise PydanticCustomError("invalid_value", "needs 'logprobs' to be true", {"field": "top_logprobs"})
+        return self
 
     @model_validator(mode="after")
     def _refuse_forced_tools(self) -> ChatRequest:

@@ -6,7 +6,7 @@ own. Knows this one wire format. Invariant: choice `i * n + j` is the j-th conti
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -16,8 +16,8 @@ from pydantic_core import PydanticCustomError
 
 from server.chat import Reply
 from server.dialects.openai_chat import easel, usage
-from server.exchange import ChatTask, ChoiceDone, Delta
-from server.schema import UNSUPPORTED, SamplingFields, off, parse, refuse, refuse_unbuilt
+from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta
+from server.schema import UNSUPPORTED, SamplingFields, TopLogprobs, parse, refuse, refuse_unbuilt
 from server.sse import Framing
 
 Json = dict[str, Any]
@@ -27,7 +27,6 @@ MAX_CHOICES = 64  # of all prompts together
 _HONOURED = frozenset({"echo", "best_of"})
 _UNSUPPORTED = {
     **{name: means_off for name, means_off in UNSUPPORTED.items() if name not in _HONOURED},
-    "logprobs": off(),  # 0 asks for the token's own
 }
 
 
@@ -60,12 +59,19 @@ class CompletionRequest(SamplingFields):
     prompt: Prompt
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, strict=True)] | None = None
+    logprobs: TopLogprobs | None = None  # 0 asks for the token's own
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_is_not_built(cls, data: Any) -> Any:
         refuse_unbuilt(data, _UNSUPPORTED)
         return data
+
+    @model_validator(mode="after")
+    def _check_echo(self) -> CompletionRequest:
+        if self.echo and self.logprobs is not None:
+            raise refuse("logprobs", "is not supported together with 'echo': a prompt's logprobs are not computed")
+        return self
 
     @model_validator(mode="after")
     def _check_counts(self) -> CompletionRequest:
@@ -97,7 +103,12 @@ class AskedCompletion:
     async def body(self, reply: Reply) -> Json:
         """The non-streamed answer."""
         folded = await reply.fold()
-        choices = [_choice(index, choice.content, choice.finish_reason) for index, choice in enumerate(folded.choices)]
+        choices = [
+            _choice(
+                index, choice.content, choice.finish_reason, choice.logprobs if self.task.logprobs is not None else None
+            )
+            for index, choice in enumerate(folded.choices)
+        ]
         return {**_head(reply), "choices": choices, "usage": usage(folded.done), "easel": easel(folded.done)}
 
     async def chunks(self, reply: Reply) -> AsyncGenerator[Json, None]:
@@ -106,7 +117,8 @@ class AskedCompletion:
         async with aclosing(reply.stream()) as items:
             async for item in items:
                 if isinstance(item, Delta):
-                    yield {**_head(reply), "choices": [_choice(item.choice, item.content, None)]}
+                    tokens = item.logprobs or None
+                    yield {**_head(reply), "choices": [_choice(item.choice, item.content, None, tokens)]}
                 elif isinstance(item, ChoiceDone):
                     if last:
                         yield last
@@ -126,6 +138,7 @@ def read(document: bytes) -> AskedCompletion:
         echo=bool(request.echo),
         model=request.model,
         max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
+        logprobs=request.logprobs,
         **request.sampling(),
     )
     include_usage = bool(request.stream_options and request.stream_options.include_usage)
@@ -141,5 +154,20 @@ def _head(reply: Reply) -> Json:
     }
 
 
-def _choice(index: int, text: str, finish_reason: str | None) -> Json:
-    return {"text": text, "index": index, "logprobs": None, "finish_reason": finish_reason}
+def _choice(index: int, text: str, finish_reason: str | None, tokens: Sequence[ContentToken] | None = None) -> Json:
+    logprobs = None if tokens is None else _logprobs(tokens)
+    return {"text": text, "index": index, "logprobs": logprobs, "finish_reason": finish_reason}
+
+
+def _logprobs(tokens: Sequence[ContentToken]) -> Json:
+    """OpenAI's older form: one list for each thing that is known of a token."""
+    return {
+        "tokens": [token.chosen.token for token in tokens],
+        "token_logprobs": [token.chosen.logprob for token in tokens],
+        # several tokens may look alike: the likeliest of them, which is the first, counts
+        "top_logprobs": [
+            dict(sorted({each.token: each.logprob for each in reversed(token.top)}.items(), key=lambda item: -item[1]))
+            for token in tokens
+        ],
+        "text_offset": [token.offset for token in tokens],
+    }

@@ -7,7 +7,7 @@ Invariant: the chunks of a stream add up to the body of the same reply.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from server.dialects.chat_schema import (
 )
 from server.dialects.history import History
 from server.errors import invalid
-from server.exchange import ChatTask, ChoiceDone, Delta, ReplyDone, ToolCall
+from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta, Likelihood, ReplyDone, ToolCall
 from server.sse import Framing
 
 Json = dict[str, Any]
@@ -65,6 +65,7 @@ def to_task(request: ChatRequest) -> ChatTask:
         model=request.model,
         max_tokens=limit,
         parallel_tool_calls=request.parallel_tool_calls is not False,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         **request.sampling(),
     )
 
@@ -76,7 +77,9 @@ def body(reply: Reply, folded: Folded) -> Json:
         "object": "chat.completion",
         "created": reply.created,
         "model": reply.model,
-        "choices": [_choice(index, choice) for index, choice in enumerate(folded.choices)],
+        "choices": [
+            _choice(index, choice, asked=reply.logprobs is not None) for index, choice in enumerate(folded.choices)
+        ],
         "usage": usage(folded.done),
         "easel": easel(folded.done),
     }
@@ -91,8 +94,8 @@ async def chunks(reply: Reply, *, include_usage: bool) -> AsyncGenerator[Json, N
         "model": reply.model,
     }
 
-    def chunk(index: int, delta: Json, finish_reason: str | None = None) -> Json:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+    def chunk(index: int, delta: Json, finish_reason: str | None = None, logprobs: Json | None = None) -> Json:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return {**head, "choices": [choice]}
 
     for index in range(reply.choices):
@@ -102,7 +105,7 @@ async def chunks(reply: Reply, *, include_usage: bool) -> AsyncGenerator[Json, N
     async with aclosing(reply.stream()) as items:
         async for item in items:
             if isinstance(item, Delta):
-                yield chunk(item.choice, _delta(item))
+                yield chunk(item.choice, _delta(item), logprobs=_logprobs(item.logprobs) if item.logprobs else None)
             elif isinstance(item, ChoiceDone):
                 finished += 1
                 last = chunk(item.choice, {}, item.finish_reason)
@@ -137,7 +140,7 @@ def _delta(delta: Delta) -> Json:
     return result
 
 
-def _choice(index: int, choice: FoldedChoice) -> Json:
+def _choice(index: int, choice: FoldedChoice, *, asked: bool) -> Json:
     message: Json = {
         "role": "assistant",
         "content": None if choice.tool_calls and not choice.content else choice.content,
@@ -147,7 +150,30 @@ def _choice(index: int, choice: FoldedChoice) -> Json:
         message["reasoning_content"] = choice.reasoning
     if choice.tool_calls:
         message["tool_calls"] = [_call(call) for call in choice.tool_calls]
-    return {"index": index, "message": message, "logprobs": None, "finish_reason": choice.finish_reason}
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": _logprobs(choice.logprobs) if asked else None,
+        "finish_reason": choice.finish_reason,
+    }
+
+
+def _logprobs(tokens: Sequence[ContentToken]) -> Json:
+    return {"content": [token_logprobs(token) for token in tokens], "refusal": None}
+
+
+def token_logprobs(token: ContentToken) -> Json:
+    """One token of the content in OpenAI's newer form."""
+    return {**likelihood(token.chosen), "top_logprobs": [likelihood(each) for each in token.top]}
+
+
+def likelihood(found: Likelihood) -> Json:
+    """A token and how likely it was found."""
+    return {
+        "token": found.token,
+        "logprob": found.logprob,
+        "bytes": None if found.bytes is None else list(found.bytes),
+    }
 
 
 def _call(call: ToolCall) -> Json:

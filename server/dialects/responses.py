@@ -8,18 +8,18 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from server.chat import Reply
 from server.dialects.history import History
-from server.dialects.openai_chat import easel, template_options
+from server.dialects.openai_chat import easel, template_options, token_logprobs
 from server.dialects.response_store import ResponseStore, Stored
 from server.dialects.responses_schema import ResponsesRequest, add_input, add_output
 from server.errors import ApiError, invalid
-from server.exchange import ChatTask, ChoiceDone, Delta, ReplyDone, ToolCall
+from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta, Likelihood, ReplyDone, ToolCall
 from server.schema import parse
 from server.sse import Framing
 
@@ -119,6 +119,7 @@ class AskedResponse:
             "text": {"format": {"type": "text"}},
             "tool_choice": request.tool_choice or "auto",
             "tools": [tool.echoed() for tool in request.tools or []],
+            "top_logprobs": request.top_logprobs or 0,
             "top_p": 1.0 if request.top_p is None else request.top_p,
             "truncation": "disabled",
             "metadata": request.metadata or {},
@@ -133,11 +134,12 @@ class _Output:
     items: list[Json] = field(default_factory=list)  # the closed ones
     _kind: Literal["reasoning", "message"] | None = None
     _text: str = ""
+    _tokens: list[ContentToken] = field(default_factory=list)  # of the open message, if logprobs were asked for
 
     def add(self, delta: Delta) -> Iterator[Json]:
         """The events of one delta, without their numbers."""
         yield from self._write("reasoning", delta.reasoning)
-        yield from self._write("message", delta.content)
+        yield from self._write("message", delta.content, delta.logprobs)
         for call in delta.tool_calls:
             yield from self.close("completed")
             yield from self._call(call)
@@ -146,16 +148,18 @@ class _Output:
         """Close the item that is open, if one is."""
         if self._kind is None:
             return
-        part = _part(self._kind, self._text)
+        part = _part(self._kind, self._text, self._tokens)
         item = self._item(self._kind, [part], status)
-        logprobs: Json = {"logprobs": []} if self._kind == "message" else {}
+        logprobs: Json = {"logprobs": _event_logprobs(self._tokens)} if self._kind == "message" else {}
         yield {"type": f"{_DELTA[self._kind]}.done", **self._place(), "text": self._text, **logprobs}
         yield {"type": "response.content_part.done", **self._place(), "part": part}
         yield {"type": "response.output_item.done", "output_index": len(self.items), "item": item}
         self.items.append(item)
-        self._kind, self._text = None, ""
+        self._kind, self._text, self._tokens = None, "", []
 
-    def _write(self, kind: Literal["reasoning", "message"], text: str) -> Iterator[Json]:
+    def _write(
+        self, kind: Literal["reasoning", "message"], text: str, tokens: Sequence[ContentToken] = ()
+    ) -> Iterator[Json]:
         if not text:
             return
         if self._kind != kind:
@@ -165,7 +169,8 @@ class _Output:
             yield {"type": "response.output_item.added", "output_index": len(self.items), "item": item}
             yield {"type": "response.content_part.added", **self._place(), "part": _part(kind, "")}
         self._text += text
-        logprobs: Json = {"logprobs": []} if kind == "message" else {}
+        self._tokens += tokens
+        logprobs: Json = {"logprobs": _event_logprobs(tokens)} if kind == "message" else {}
         yield {"type": f"{_DELTA[kind]}.delta", **self._place(), "delta": text, **logprobs}
 
     def _call(self, call: ToolCall) -> Iterator[Json]:
@@ -226,6 +231,7 @@ def read(store: ResponseStore, document: bytes) -> AskedResponse:
         model=request.model,
         max_tokens=request.max_output_tokens,
         parallel_tool_calls=request.parallel_tool_calls is not False,
+        logprobs=request.logprobs,
         **request.draw(),
     )
     if not task.messages:
@@ -252,10 +258,24 @@ def _gone(response_id: str) -> ApiError:
     return ApiError(404, f"Response with id '{response_id[:100]}' not found.", code="not_found")
 
 
-def _part(kind: Literal["reasoning", "message"], text: str) -> Json:
+def _part(kind: Literal["reasoning", "message"], text: str, tokens: Sequence[ContentToken] = ()) -> Json:
     if kind == "reasoning":
         return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {
+        "type": "output_text",
+        "text": text,
+        "annotations": [],
+        "logprobs": [token_logprobs(token) for token in tokens],
+    }
+
+
+def _event_logprobs(tokens: Sequence[ContentToken]) -> list[Json]:
+    """What an event has of the tokens: as a part has it, but without the bytes."""
+
+    def bare(found: Likelihood) -> Json:
+        return {"token": found.token, "logprob": found.logprob}
+
+    return [{**bare(token.chosen), "top_logprobs": [bare(each) for each in token.top]} for token in tokens]
 
 
 def _usage(done: ReplyDone) -> Json:

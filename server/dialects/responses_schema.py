@@ -9,17 +9,28 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from server.dialects.chat_schema import CallId, as_result
 from server.dialects.history import History
-from server.schema import BRANCH, OPEN, UNSUPPORTED, MeansOff, Seed, TokenLimit, draw, off, refuse, refuse_unbuilt, zero
+from server.schema import (
+    BRANCH,
+    OPEN,
+    UNSUPPORTED,
+    DrawFields,
+    MeansOff,
+    TokenLimit,
+    TopLogprobs,
+    off,
+    refuse,
+    refuse_unbuilt,
+)
 
 Json = dict[str, Any]
 
 _UNSUPPORTED: Mapping[str, MeansOff] = {
-    **{name: means_off for name, means_off in UNSUPPORTED.items() if name != "top_logprobs"},
-    "top_logprobs": zero,
+    **UNSUPPORTED,
+    "logprobs": off(False),
     "background": off(False),
     "conversation": off(),
     "prompt": off(),
@@ -194,20 +205,15 @@ class TextOptions(BaseModel):
         return self
 
 
-class ResponsesRequest(BaseModel):
+class ResponsesRequest(DrawFields):
     """The whole body."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
 
     input: Input
     instructions: str | None = None
     model: str | None = None
     previous_response_id: str | None = None
     max_output_tokens: TokenLimit | None = None
-    temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
-    top_p: float | None = Field(default=None, ge=0, le=1, allow_inf_nan=False)
-    top_k: Annotated[int, Field(ge=-1, lt=2**31, strict=True)] | None = None
-    seed: Seed | None = None
+    top_logprobs: TopLogprobs | None = None
     stream: bool | None = None
     store: bool | None = None
     tools: list[FunctionTool] | None = None
@@ -229,14 +235,13 @@ class ResponsesRequest(BaseModel):
     def _refuse_what_is_not_built_either(self) -> ResponsesRequest:
         if self.tool_choice is not None and self.tool_choice not in ("auto", "none"):
             raise refuse("tool_choice", "is supported as 'auto' and 'none' only, not yet as 'required' or a named tool")
-        if "message.output_text.logprobs" in (self.include or ()):
-            raise refuse("include", "cannot give 'message.output_text.logprobs' yet")
         return self
 
-    def draw(self) -> Json:
-        """How tokens are drawn, as `ChatTask` wants it."""
-        seed = None if self.seed is None else self.seed % 2**64
-        return {**draw(self.temperature, self.top_p, self.top_k), "seed": seed}
+    @property
+    def logprobs(self) -> int | None:
+        """How many likeliest tokens to report for each token of the text; None = nothing."""
+        asked = "message.output_text.logprobs" in (self.include or ()) or self.top_logprobs
+        return (self.top_logprobs or 0) if asked else None
 
 
 def add_input(history: History, given: str | list[Item]) -> None:

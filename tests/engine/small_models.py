@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion
 
 from engine.checkpoint import load_checkpoint
-from engine.kernels.reference import REFERENCE
+from engine.kernels.reference import REFERENCE, Ops
 from engine.kv_cache import KVCache, KVPool
 from engine.model.gemma4 import DiffusionGemma
+from engine.pages import PAGE
+from engine.plan import Planner
 
 CPU = torch.device("cpu")
 GENERATION = {
@@ -130,11 +132,15 @@ def load_model(
     slots: int = 4,
     capacity: int = 256,
     chunk: int = 64,
+    ops: Ops = REFERENCE,
+    buckets: Sequence[int] = (),
 ) -> DiffusionGemma:
     """Our model of a checkpoint folder, with memory for `slots` of `capacity` positions."""
     checkpoint = load_checkpoint(folder, device, dtype, progress=False)
     pool = KVPool(checkpoint.config, slots, capacity, device, dtype, chunk=chunk)
-    return DiffusionGemma(checkpoint.config, checkpoint.tensors, REFERENCE, pool)
+    width = -(-(capacity + chunk + checkpoint.config.canvas_length) // PAGE) if buckets else None
+    planner = Planner(checkpoint.config, device, row_align=ops.row_align, buckets=buckets, width=width)
+    return DiffusionGemma(checkpoint.config, checkpoint.tensors, ops, pool, planner)
 
 
 def fresh_slots(model: DiffusionGemma, count: int) -> list[KVCache]:

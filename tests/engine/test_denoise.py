@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from engine import sampler
+from engine.canvas import Canvas
 from engine.config import GenerationDefaults
-from engine.denoise import Canvas, Denoiser
+from engine.denoise import Denoiser
 from engine.interface import Sampling
 from engine.kernels.reference_output import Draw, Reading, read_logits
 from engine.rng import canvas_noise
@@ -50,6 +51,8 @@ class ScriptedModel:
     """Logits by a function of (pass number, canvas ids [C], probabilities [C, V]); remembers what it was given.
 
     Its embedding is the identity, so what it is conditioned on are the probabilities themselves."""
+
+    softcap = SOFTCAP
 
     def __init__(self, script: Callable[[int, Tensor, Tensor], Tensor]) -> None:
         self.script = script
@@ -124,7 +127,7 @@ def test_a_pass_goes_in_the_models_order() -> None:
             shaped=False,
         )
         reading = read_logits(logits, SOFTCAP, draw)
-        accepted = sampler.accept(reading.entropy[None], 0.1)[0]
+        accepted = sampler.accept(reading.entropy[None], torch.tensor([0.1]))[0]
         assert 0 < accepted.sum() < C, "the script must exercise both branches"
         assert torch.equal(model.canvases[step][0], torch.where(accepted, reading.drawn, noise.ids[step]))
         assert torch.equal(model.probabilities[step][0], reading.probabilities)

@@ -89,17 +89,24 @@ def test_acceptance_is_transformers(seed: int, kind: str, bound: float, temperat
     oracle = EntropyBoundSampler(EntropyBoundSamplerConfig(bound), C, V, 48)
     oracle.accept_canvas(torch.zeros(1, C, dtype=torch.int64), torch.ones(1, C, dtype=torch.int64), scaled[None], 1)
     reading = read(make_logits(seed, kind), temperature)
-    assert sampler.accept(reading.entropy[None], bound)[0].tolist() == oracle.accepted_token_mask[0].tolist()
+    assert (
+        sampler.accept(reading.entropy[None], torch.tensor([bound]))[0].tolist()
+        == oracle.accepted_token_mask[0].tolist()
+    )
 
 
 def test_acceptance_order_by_hand() -> None:
     entropy = torch.tensor([0.06, 0.5, 0.03, 0.06, 0.0, 0.06])
     # ascending 0, .03, .06, .06, .06, .5 with sums before them 0, 0, .03, .09, .15: the rightmost of the ties goes
     flat = torch.full((6,), 9.0)
-    assert sampler.accept(torch.stack((entropy, flat)), 0.1).tolist() == [
+    assert sampler.accept(torch.stack((entropy, flat)), torch.tensor([0.1, 0.1])).tolist() == [
         [True, False, True, True, True, False],
         [True, False, False, False, False, False],
     ]
+
+
+def thresholds(rule: GenerationDefaults) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.tensor([rule.confidence_threshold]), torch.tensor([rule.stability_threshold])
 
 
 @settings(max_examples=100, deadline=None)
@@ -112,7 +119,7 @@ def test_stop_decision_is_transformers(passes: list[tuple[int, str]], threshold:
     for seed, kind in passes:
         scaled = make_logits(seed, kind) / 0.6
         reading = read(make_logits(seed, kind), 0.6)
-        verdict = sampler.judge(reading.best[None], reading.entropy[None], previous, unchanged, rule)
+        verdict = sampler.judge(reading.best[None], reading.entropy[None], previous, unchanged, *thresholds(rule))
         previous, unchanged = reading.best[None], verdict.unchanged
         assert verdict.done.item() == oracle(scaled.argmax(-1)[None], scaled[None]).item()
         assert verdict.finite.item()
@@ -120,7 +127,7 @@ def test_stop_decision_is_transformers(passes: list[tuple[int, str]], threshold:
 
 def test_confidence_is_compared_in_float32() -> None:
     best, none = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
-    verdict = sampler.judge(best, torch.tensor([[0.005]]), best, none, schedule())
+    verdict = sampler.judge(best, torch.tensor([[0.005]]), best, none, *thresholds(schedule()))
     assert verdict.unchanged.item() == 1
     assert not verdict.done.item(), "the mean equals the threshold: not below it"
 
@@ -130,6 +137,6 @@ def test_one_bad_entropy_is_noticed(bad: float) -> None:
     best, none = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     entropy = torch.zeros(2, 3)
     entropy[1, 2] = bad
-    verdict = sampler.judge(best, entropy, best, none, schedule())
+    verdict = sampler.judge(best, entropy, best, none, *thresholds(schedule()))
     assert verdict.finite.tolist() == [True, False]
     assert verdict.done.tolist() == [True, False]

@@ -141,7 +141,7 @@ def test_errors_before_the_first_byte_have_a_status_also_in_streams(serve: Serve
     client = serve(Script([[173]] * 3), context_length=40)
     assert error(client.chat("x" * 100, stream=stream), 400)["code"] == "context_length_exceeded"
     assert error(client.chat(stream=stream, model="other"), 404)["param"] == "model"
-    assert error(client.chat(stream=stream, logprobs=True), 400)["param"] == "logprobs"
+    assert error(client.chat(stream=stream, audio={"voice": "x"}), 400)["param"] == "audio"
     client = serve(script("a"), max_waiting=0)
     answer = client.chat(stream=stream, n=2)
     assert error(answer, 429)["code"] == "rate_limit_exceeded"

@@ -139,8 +139,8 @@ def test_models(client: openai.OpenAI) -> None:
 def test_errors_are_the_clients_own(client: openai.OpenAI, address: str) -> None:
     create: Callable[..., Any] = client.chat.completions.create
     with pytest.raises(openai.BadRequestError) as caught:
-        create(model="demo", messages=MESSAGES, logprobs=True)
-    assert (caught.value.param, caught.value.code) == ("logprobs", "unsupported_value")
+        create(model="demo", messages=MESSAGES, functions=[{"name": "f"}])
+    assert (caught.value.param, caught.value.code) == ("functions", "unsupported_value")
     assert caught.value.request_id
     with pytest.raises(openai.BadRequestError) as caught:
         create(model="demo", messages=[{"role": "user", "content": "x" * 1000}])

@@ -123,7 +123,7 @@ def test_errors(serve: Callable[..., Any], check: Any) -> None:
     for answer in (
         client.chat(model="other"),
         client.chat(n=99),
-        client.chat(logprobs=True),
+        client.chat(audio={"voice": "x"}),
         client.request("GET", "/nothing"),
         client.request("DELETE", "/v1/models"),
         client.request("POST", "/v1/responses", json={"input": 5}),

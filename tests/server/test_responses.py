@@ -234,8 +234,6 @@ def test_the_store_forgets_the_oldest_first() -> None:
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "name": "f"}}, "tool_choice"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {}}}}, "text.format"),
-        ({"include": ["message.output_text.logprobs"]}, "include"),
-        ({"top_logprobs": 2}, "top_logprobs"),
         ({"background": True}, "background"),
         ({"conversation": "conv_1"}, "conversation"),
         ({"prompt": {"id": "pmpt_1"}}, "prompt"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine import Schedule
 from server.dialects.chat_schema import ChatRequest, parse_chat_request
 from server.errors import ApiError
+from server.schema import PRESETS
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -29,7 +32,6 @@ def refusal(**fields: Any) -> ApiError:
 # Everything official clients put into a body unasked (api.md 2.8, 2.9), with values that mean nothing or "off".
 HARMLESS = {
     "frequency_penalty": 0,
-    "presence_penalty": 0.0,
     "repetition_penalty": 1.0,
     "min_p": 0,
     "logit_bias": {},
@@ -68,13 +70,7 @@ HARMLESS = {
 }
 
 REFUSED = {
-    "frequency_penalty": 0.5,
-    "presence_penalty": -1,
     "repetition_penalty": 1.1,
-    "min_p": 0.05,
-    "logit_bias": {"50256": -100},
-    "logprobs": True,
-    "top_logprobs": 3,
     "response_format": {"type": "json_object"},
     "functions": [{"name": "f"}],
     "function_call": {"name": "f"},
@@ -122,6 +118,16 @@ def test_json_schema_and_named_tools_are_refused() -> None:
         ("temperature", "hot"),
         ("top_p", 1.5),
         ("top_p", -0.1),
+        ("min_p", 1.1),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", "much"),
+        ("logit_bias", {"five": 1}),
+        ("logit_bias", {"-5": 1}),
+        ("logit_bias", [[5, 1]]),
+        ("logit_bias", {str(number): 1 for number in range(1025)}),
+        ("logprobs", 3),
+        ("top_logprobs", 21),
+        ("top_logprobs", 2),  # without logprobs
         ("top_k", -2),
         ("top_k", 1.5),
         ("max_tokens", 0),
@@ -145,6 +151,38 @@ def test_json_schema_and_named_tools_are_refused() -> None:
 )
 def test_values_out_of_range_are_refused_by_name(field: str, value: Any) -> None:
     assert refusal(**{field: value}).param == field
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"preset": "best"}, "easel.preset"),
+        ({"max_denoising_steps": 0}, "easel.max_denoising_steps"),
+        ({"max_denoising_steps": 257}, "easel.max_denoising_steps"),
+        ({"max_denoising_steps": 4.0}, "easel.max_denoising_steps"),
+        ({"entropy_bound": -0.1}, "easel.entropy_bound"),
+        ({"confidence_threshold": "low"}, "easel.confidence_threshold"),
+        ({"stability_threshold": -1}, "easel.stability_threshold"),
+        ({"steps": 4}, "easel.steps"),
+        ("fast", "easel"),
+    ],
+)
+def test_options_of_this_server_are_checked(options: Any, param: str) -> None:
+    assert refusal(easel=options).param == param
+
+
+def test_presets_are_a_beginning() -> None:
+    assert parse(easel={}).draw()["schedule"] == Schedule()
+    assert parse(easel={"preset": "balanced"}).draw()["schedule"] == Schedule()
+    fast = PRESETS["fast"]
+    assert parse(easel={"preset": "fast"}).draw()["schedule"] == fast
+    asked = {"preset": "fast", "max_denoising_steps": 12, "entropy_bound": 0.4}
+    assert parse(easel=asked).draw()["schedule"] == replace(fast, max_denoising_steps=12, entropy_bound=0.4)
+
+
+@pytest.mark.parametrize("value", [101, -100.5, "1", None])
+def test_a_bias_out_of_range_is_refused_with_its_token(value: Any) -> None:
+    assert refusal(logit_bias={"5": 1, "7": value}).param == "logit_bias[7]"
 
 
 @pytest.mark.parametrize("value", [0, 0.1, 0.7, 1, 2, None])

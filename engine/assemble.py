@@ -1,0 +1,70 @@
+"""Puts a model together: the weights of a checkpoint, the memory for keys and values, an op set and a planner.
+
+Whoever serves, measures or tests a whole model gets it here, so that all run the same thing.
+
+Invariant: on a GPU with the Triton ops, passes come in few layouts (`buckets`), so that all that recur can be captured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from engine.config import ModelConfig
+from engine.interface import EngineError
+from engine.kernels.reference import REFERENCE, Ops
+from engine.kernels.weights import Weight
+from engine.kv_cache import KVPool
+from engine.model.gemma4 import DiffusionGemma
+from engine.pages import PAGE
+from engine.plan import Planner
+
+KERNELS = ("reference", "triton")
+SMALLEST_BUCKET = 64  # rows: below it a pass costs the same
+
+
+def choose_kernels(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`auto` or the name of an op set; auto is triton on a GPU in bfloat16. Raises EngineError for one that cannot
+    run."""
+    if name == "auto":
+        return "triton" if device.type == "cuda" and dtype == torch.bfloat16 else "reference"
+    if name not in KERNELS:
+        raise EngineError(f"unknown kernels {name!r}; choose auto or {' or '.join(KERNELS)}")
+    if name == "triton" and device.type != "cuda":
+        raise EngineError(f"kernels 'triton' need an NVIDIA GPU, not {device}; choose auto or reference")
+    return name
+
+
+def op_set(kernels: str) -> Ops:
+    """The ops of that name."""
+    if kernels == "reference":
+        return REFERENCE
+    from engine.kernels.triton_ops import TRITON  # deferred: a machine without a GPU need not have triton
+
+    return TRITON
+
+
+def assemble(config: ModelConfig, weights: Mapping[str, Weight], pool: KVPool, kernels: str) -> DiffusionGemma:
+    """The model on the pool's device; `weights` as in `Checkpoint.tensors`, `kernels` as `choose_kernels` returns
+    it."""
+    ops = op_set(kernels)
+    if kernels == "reference":
+        return DiffusionGemma(config, weights, ops, pool)
+    capacity = max(cache.capacity for cache in pool.slots)
+    planner = Planner(
+        config,
+        pool.device,
+        row_align=ops.row_align,
+        buckets=buckets(pool.chunk + len(pool.slots) * (config.canvas_length + ops.row_align)),
+        width=-(-(capacity + pool.chunk + config.canvas_length) // PAGE),
+    )
+    return DiffusionGemma(config, weights, ops, pool, planner)
+
+
+def buckets(most: int) -> tuple[int, ...]:
+    """Rows that commits are filled up to: doubling, up to at least `most`."""
+    found = [SMALLEST_BUCKET]
+    while found[-1] < most:
+        found.append(2 * found[-1])
+    return tuple(found)

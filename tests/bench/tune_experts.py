@@ -1,0 +1,155 @@
+"""Times the expert kernels in many tilings at full size: `python -m tests.bench.tune_experts --json PATH`. Needs a GPU.
+
+What it finds goes into `engine.kernels.grouped.tiling` by hand, with an entry in LOG.md. Kernels are compiled first, in
+many processes, into Triton's cache; then each is timed alone, over the weights of one layer, which no cache holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from engine.kernels import grouped
+from engine.kernels.grouped import FORMATS, Rows, Tiling, launch_gated, launch_matmul, stored
+from engine.kernels.routing import schedule
+from engine.kernels.tiles import ordered
+from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, Weight, nbytes
+
+HIDDEN, WIDTH, ACTIVE = 2816, 704, 8
+
+
+def weight(form: str, experts: int, out: int, width: int) -> Weight:
+    """Random bytes of a format, on the GPU."""
+    shape = (experts, out, width)
+
+    def bytes_of(*sizes: int) -> torch.Tensor:
+        return torch.randint(0, 120, sizes, dtype=torch.uint8, device="cuda")
+
+    rows = torch.full((experts, out), 1e-3, device="cuda")
+    match form:
+        case "plain":
+            return torch.randn(shape, dtype=torch.bfloat16, device="cuda") * width**-0.5
+        case "fp8":
+            return Fp8Weight(bytes_of(*shape).view(torch.float8_e4m3fn), rows)
+        case "nvfp4":
+            scale = bytes_of(experts, out, width // 16).view(torch.float8_e4m3fn)
+            return Nvfp4Weight(bytes_of(experts, out, width // 2), scale, rows)
+        case _:
+            scale = torch.rand(experts, out, width // 32, device="cuda").bfloat16() / 100
+            return Int4Weight(bytes_of(experts, out, width // 2), scale)
+
+
+def tilings(form: str, bm: int, gated: bool) -> Iterator[Tiling]:
+    """What is worth trying."""
+    widths = {"plain": (32, 64, 128), "fp8": (64, 128), "nvfp4": (64,), "int4": (64,)}[form]
+    for bn, bk, warps, stages in itertools.product((64, 128), widths, (2, 4, 8), (2, 3, 4, 5)):
+        stage = (2 if gated else 1) * bn * bk * grouped.BITS[form] // 8 + bm * bk * 2
+        if stage * stages > 200_000 or (bn == 64 and warps == 8) or (bn == 128 and warps == 2):
+            continue
+        yield Tiling(BM=bm, BN=bn, BK=bk, warps=warps, stages=stages)
+
+
+def launcher(form: str, gated: bool, experts: int, rows: int, bm: int):  # type: ignore[no-untyped-def]
+    """A function that launches one kernel with a tiling, and the bytes of weights it reads."""
+    matrix = weight(form, experts, 2 * WIDTH if gated else HIDDEN, HIDDEN if gated else WIDTH)
+    flat = stored(matrix)
+    chosen = torch.stack([torch.randperm(experts)[: min(ACTIVE, experts)] for _ in range(rows)]).cuda()
+    active = chosen.shape[1]
+    plan = schedule(chosen, experts, bm)
+    tiles = Rows(
+        order=plan.order,
+        expert=plan.expert,
+        start=plan.start,
+        rows=plan.rows,
+        count=rows * active,
+        tiles=plan.expert.shape[0],
+        routed=True,
+    )
+    x = torch.randn(rows if gated else rows * active, flat.width, dtype=torch.bfloat16, device="cuda")
+    out = torch.empty(rows * active, WIDTH if gated else HIDDEN, dtype=torch.bfloat16, device="cuda")
+    x = ordered(x, form)
+
+    def launch(tile: Tiling) -> None:
+        with mock.patch.object(grouped, "tiling", lambda *_, **__: tile):
+            if gated:
+                launch_gated(x, flat, tiles, out, bm, active=active, following=form)
+            else:
+                launch_matmul(x, flat, tiles, out, bm)
+
+    return launch, nbytes(matrix)
+
+
+def compile_one(task: tuple[str, bool, int, Tiling]) -> str | None:
+    form, gated, bm, tile = task
+    try:
+        launch, _ = launcher(form, gated, 2, 32, bm)
+        launch(tile)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error)[:100]}"
+    return None
+
+
+def timed(launch, tile: Tiling) -> float:  # type: ignore[no-untyped-def]
+    """Milliseconds, the median of ten."""
+    launch(tile)
+    laps = []
+    for _ in range(10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        launch(tile)
+        end.record()
+        laps.append((begin, end))
+    torch.cuda.synchronize()
+    return sorted(begin.elapsed_time(end) for begin, end in laps)[5]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--format", nargs="+", default=list(FORMATS), choices=FORMATS)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--bm", type=int, default=32)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("tune_experts: needs an NVIDIA GPU", file=sys.stderr)
+        return 2
+    tasks = [
+        (form, gated, given.bm, tile)
+        for form in given.format
+        for gated in (True, False)
+        for tile in tilings(form, given.bm, gated)
+    ]
+    with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
+        failed = dict(zip(tasks, pool.map(compile_one, tasks, chunksize=1), strict=True))
+    found = []
+    for (form, gated), group in itertools.groupby(tasks, key=lambda task: task[:2]):
+        launch, size = launcher(form, gated, 128, given.rows, given.bm)
+        rows = []
+        for task in group:
+            if failed[task]:
+                rows.append({"tile": vars(task[3]), "error": failed[task]})
+                continue
+            ms = timed(launch, task[3])
+            rows.append({"tile": vars(task[3]), "ms": round(ms, 4), "gb_per_s": round(size / ms / 1e6)})
+        rows.sort(key=lambda row: row.get("ms", 1e9))
+        found.append({"format": form, "kernel": "gated" if gated else "matmul", "mb": size / 1e6, "tilings": rows})
+        print(form, found[-1]["kernel"], f"{size / 1e6:.0f} MB")
+        for row in rows[:6] + rows[-2:]:
+            print("   ", row, flush=True)
+    if given.json:
+        given.json.write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
