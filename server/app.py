@@ -30,6 +30,7 @@ from server.dialects import anthropic, completions, decisions, openai_chat, resp
 from server.dialects.response_store import ResponseStore
 from server.dialects.wire import Asked
 from server.errors import ApiError
+from server.infill import open_reply
 from server.sse import ChunkStream
 
 logger = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def _add_reply_route(
         asked = read(await _json_body(request, settings.max_body_bytes))
         if not asked.streamed:
             return JSONResponse(await _unless_gone(request, _complete(service, asked)))
-        reply = await service.open(asked.task)
+        reply = await open_reply(service, asked.task)
         return ChunkStream(
             asked.chunks(reply),
             framing=asked.framing,
@@ -165,7 +166,7 @@ def _add_status_routes(app: FastAPI, service: ChatService) -> None:
 
 
 async def _complete(service: ChatService, asked: Asked) -> dict[str, Any]:
-    reply = await service.open(asked.task)
+    reply = await open_reply(service, asked.task)
     try:
         return await asked.body(reply)
     finally:
