@@ -16,10 +16,12 @@ from engine.interface import (
     EngineError,
     EngineInfo,
     EngineOptions,
+    EngineStats,
     Event,
     Finished,
     FinishReason,
     GenerationRequest,
+    PoolStats,
     QueueFull,
     Request,
     RequestTooLong,
@@ -36,7 +38,7 @@ from engine.measure.report import COLUMNS as FIGURE_COLUMNS
 from engine.measure.report import cells as figure_cells
 from engine.measure.report import computed_lines, profile_lines, shown
 from engine.measure.report import computed_steps as _computed_steps
-from engine.memory_plan import CARDS, MemoryPlan, plan_memory, plans, usable
+from engine.memory_plan import CARDS, MemoryPlan, Pools, plan_memory, plans, usable
 from engine.quantization_config import load_quantization
 from engine.shapes import FORMAT_CHOICES, shape_of
 from engine.shapes import SHAPES as _SHAPES
@@ -124,12 +126,15 @@ __all__ = [
     "EngineError",
     "EngineInfo",
     "EngineOptions",
+    "EngineStats",
     "Event",
     "Figure",
     "FinishReason",
     "Finished",
     "GenerationRequest",
     "MemoryPlan",
+    "PoolStats",
+    "Pools",
     "QueueFull",
     "Request",
     "RequestTooLong",

@@ -56,7 +56,7 @@ def assemble(config: ModelConfig, weights: Mapping[str, Weight], pool: KVPool, k
         config,
         pool.device,
         row_align=ops.row_align,
-        buckets=buckets(pool.chunk + len(pool.slots) * ops.row_align),
+        buckets=buckets(pool.chunk + len(pool.slots) * (config.canvas_length + ops.row_align)),
         width=-(-(capacity + pool.chunk + config.canvas_length) // PAGE),
     )
     return DiffusionGemma(config, weights, ops, pool, planner)

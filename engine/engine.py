@@ -16,7 +16,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -33,6 +33,7 @@ from engine.interface import (
     EngineError,
     EngineInfo,
     EngineOptions,
+    EngineStats,
     Event,
     GenerationRequest,
     Request,
@@ -40,32 +41,19 @@ from engine.interface import (
 from engine.kv_cache import KVCache, KVPool
 from engine.options import (
     check_options,
-    choose_context,
     choose_device,
     choose_dtype,
+    choose_pools,
+    chunk_beside,
     require_fit,
 )
+from engine.pages import PAGE
 from engine.random_weights import plan_random, random_checkpoint
 from engine.scheduler import CommitChunk, Scheduler, Slot
+from engine.seating import Seating
 from engine.shapes import FORMAT_FLAGS
 
 logger = logging.getLogger(__name__)
-
-SLOTS = 1  # requests served at a time
-
-
-@dataclass
-class Seat:
-    """The tensors of one slot: its committed prefix and the canvas being denoised, if one is open."""
-
-    cache: KVCache
-    canvas: Canvas | None = None
-    said: Counter[int] = field(default_factory=Counter)  # ids of the reply's canvases so far, for penalties
-
-    def clear(self) -> None:
-        self.cache.reset()
-        self.canvas = None
-        self.said.clear()
 
 
 @dataclass(frozen=True)
@@ -89,12 +77,13 @@ class DiffusionEngine:
         *,
         max_waiting: int,
         commit_chunk: int,
+        chunk_beside: int | None = None,
     ) -> None:
-        """One slot for each cache, which must hold `info.context_length` positions."""
+        """One slot for each cache; together they must have pages for `info.context_length` positions and a canvas.
+        `commit_chunk`, `chunk_beside`: prompt tokens a pass commits, the latter where other slots denoise in it."""
         self._info = info
         self._device = torch.device(info.device)
         self._model = model
-        self._seats = tuple(Seat(cache) for cache in caches)
         self._denoiser = Denoiser(
             model,
             schedule,
@@ -108,9 +97,11 @@ class DiffusionEngine:
             slots=len(caches),
             max_waiting=max_waiting,
             commit_chunk=commit_chunk,
+            chunk_beside=chunk_beside,
             context_length=info.context_length,
             eos_ids=info.eos_ids,
         )
+        self._seating = Seating(self._scheduler, caches, commit_chunk=commit_chunk, canvas_length=info.canvas_length)
         self._closed = False
 
     @classmethod
@@ -144,22 +135,25 @@ class DiffusionEngine:
         *,
         kernels: str,
         started: float | None = None,
-        slots: int = SLOTS,
+        slots: int | None = None,
     ) -> DiffusionEngine:
         """An engine on weights that are on their device already; several may share them. `started`: when loading
-        began, by `time.monotonic`. Raises EngineError if there is no memory for the context."""
+        began, by `time.monotonic`. `slots`: so many, each with room for the whole context, whatever `options` say of
+        memory. Raises EngineError if there is no memory for the context."""
         started = time.monotonic() if started is None else started
         config, schedule = checkpoint.config, checkpoint.generation
         device, dtype = checkpoint.device, checkpoint.dtype
-        context = choose_context(options.context_length, config, device, dtype)
+        pools = choose_pools(config, checkpoint.weight_bytes, options, device, dtype, slots)
         try:
-            pool = KVPool(config, slots, context, device, dtype, chunk=options.commit_chunk)
+            pool = KVPool(
+                config, pools.slots, pools.context, device, dtype, chunk=options.commit_chunk, pages=pools.pages
+            )
         except RuntimeError as error:  # torch's class for a failed allocation differs between devices
-            raise EngineError(f"no memory for a context of {context} positions on {device}: {error}") from error
+            raise EngineError(f"no memory for {pools.bytes} bytes of keys and values on {device}: {error}") from error
         info = EngineInfo(
             model_path=options.model,
             canvas_length=config.canvas_length,
-            context_length=context,
+            context_length=pools.context,
             vocab_size=config.vocab_size,
             eos_ids=schedule.eos_ids,
             device=str(device),
@@ -170,17 +164,24 @@ class DiffusionEngine:
             weight_bytes=checkpoint.weight_bytes,
             kv_bytes=pool.bytes,
             load_seconds=time.monotonic() - started,
+            slots=pools.slots,
+            page_length=PAGE,
+            pages=pools.pages,
         )
         logger.info(
-            "%s: %.1f M parameters, format %s, run in %s on %s with %s kernels; context %d, KV %.1f MiB; %.1f s",
+            "%s: %.1f M parameters, format %s, run in %s on %s with %s kernels; %d slots, context %d, "
+            "KV %.1f MiB in %d full and %d sliding pages; %.1f s",
             info.model_path,
             info.parameters / 1e6,
             info.format,
             info.dtype,
             info.device,
             info.kernels,
+            info.slots,
             info.context_length,
             info.kv_bytes / 2**20,
+            pools.full,
+            pools.sliding,
             info.load_seconds,
         )
         return cls(
@@ -190,6 +191,7 @@ class DiffusionEngine:
             info,
             max_waiting=options.max_waiting,
             commit_chunk=options.commit_chunk,
+            chunk_beside=chunk_beside(device, config.canvas_length, options.commit_chunk),
         )
 
     @property
@@ -199,11 +201,11 @@ class DiffusionEngine:
     @property
     def parts(self) -> Parts:
         """What passes are made of, for those who measure them one by one instead of serving requests."""
-        return Parts(self._model, self._denoiser, tuple(seat.cache for seat in self._seats))
+        return Parts(self._model, self._denoiser, tuple(seat.cache for seat in self._seating.seats))
 
     @property
     def has_work(self) -> bool:
-        """True while a submitted request has not finished."""
+        """True while a submitted request has not finished, or the end of a reply is still to be committed."""
         return not self._closed and self._scheduler.has_work
 
     def submit(self, request: Request) -> None:
@@ -218,47 +220,55 @@ class DiffusionEngine:
             return
         slot = self._scheduler.cancel(request_id)
         if slot is not None:
-            self._seats[slot].clear()
+            self._seating.vacate(self._scheduler.slots[slot])
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
         """Advance by one unit of work and return what happened."""
         self._require_open()
-        self._scheduler.admit()  # waiting requests take free slots
-        chunk = self._scheduler.next_commit()  # part of a prompt, or a finished canvas
+        self._seating.admit()  # waiting requests take free slots, and go on from what is committed of their prompts
+        self._seating.make_room()
+        chunks = self._scheduler.next_commits()  # parts of prompts, finished canvases; when idle, the end of a reply
         ready = self._scheduler.ready()  # slots whose prefix is committed, by this very pass at the latest
-        if chunk or ready:
-            self._pass(chunk, ready)
+        if chunks or ready:
+            self._pass(chunks, ready)
         return self._scheduler.collect()  # first done, first out
+
+    def stats(self) -> EngineStats:
+        """A snapshot, taken between two steps."""
+        self._require_open()
+        return self._seating.stats()
 
     def close(self) -> None:
         """Free the model's memory. Requests still running are dropped without an event. May be called again."""
         if self._closed:
             return
         self._closed = True
-        self._seats = ()
-        del self._model, self._denoiser
+        del self._model, self._denoiser, self._seating
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _pass(self, chunk: CommitChunk | None, ready: Sequence[Slot]) -> None:
-        """One pass: commit a chunk and denoise the canvases of all `ready` slots, opening those that have none."""
-        commits = []
+    def _pass(self, chunks: Sequence[CommitChunk], ready: Sequence[Slot]) -> None:
+        """One pass: commit chunks and denoise the canvases of all `ready` slots, opening those that have none."""
+        seats = self._seating.seats
         try:
-            if chunk is not None:
-                commits.append((chunk.token_ids, self._seats[chunk.slot].cache))
             canvases = [self._open_canvas(slot) for slot in ready]
-            self._denoiser.step(canvases, [self._seats[slot.index].cache for slot in ready], commits)
+            self._denoiser.step(
+                canvases,
+                [seats[slot.index].cache for slot in ready],
+                [(chunk.token_ids, seats[chunk.slot].cache) for chunk in chunks],
+            )
         except Exception as error:
-            self._contain(error, chunk, ready)
+            self._contain(error, chunks, ready)
             return
+        self._seating.committed(chunks)
         for slot, canvas in zip(ready, canvases, strict=True):
             self._scheduler.passed(slot, redrawn=canvas.just_redrawn)
             self._settle(slot, canvas)
 
     def _open_canvas(self, slot: Slot) -> Canvas:
         """The slot's canvas; a new one if its last is done."""
-        seat, reply = self._seats[slot.index], slot.reply
+        seat, reply = self._seating.seats[slot.index], slot.reply
         assert reply is not None, f"slot {slot.index} is ready but empty"
         request = reply.request
         if seat.canvas is None and isinstance(request, CanvasRequest):
@@ -271,7 +281,7 @@ class DiffusionEngine:
                 index=reply.canvases,
                 schedule=request.schedule,
                 logprobs=request.logprobs,
-                said=seat.said,
+                said=Counter(reply.said),
             )
         return seat.canvas
 
@@ -284,8 +294,6 @@ class DiffusionEngine:
             self._scheduler.conclude(slot, held_canvas.read_held(self._denoiser, canvas, request))
         elif canvas.state == "done":
             logprobs = () if canvas.logprobs is None else self._denoiser.logprobs(canvas)
-            if canvas.penalised:
-                self._seats[slot.index].said.update(canvas.result)
             self._scheduler.deliver(slot, canvas.result, canvas.steps, logprobs)
         elif canvas.state == "unconverged":
             logger.warning("canvas %d did not converge in %d steps; the reply ends", canvas.index, canvas.steps)
@@ -300,21 +308,16 @@ class DiffusionEngine:
             self._scheduler.fail(
                 slot, "error", f"the model's logits were not finite at canvas {canvas.index}, step {canvas.steps}"
             )
-        self._vacate(slot)
+        self._seating.seats[slot.index].canvas = None
+        if slot.reply is None and not slot.rest:
+            self._seating.vacate(slot, suspect=canvas.state == "non-finite")
 
     @staticmethod
     def _requested(slot: Slot) -> Request:
         assert slot.reply is not None, f"slot {slot.index} is empty"
         return slot.reply.request
 
-    def _vacate(self, slot: Slot) -> None:
-        """Forget the slot's canvas, and its prefix too if its request is over."""
-        seat = self._seats[slot.index]
-        seat.canvas = None
-        if slot.reply is None:
-            seat.clear()
-
-    def _contain(self, error: Exception, chunk: CommitChunk | None, ready: Sequence[Slot]) -> None:
+    def _contain(self, error: Exception, chunks: Sequence[CommitChunk], ready: Sequence[Slot]) -> None:
         """End the request that `error` hit. A device that failed cannot serve the others: re-raise.
 
         A pass of several slots does not say whose fault it is, and it changed nothing: each slot goes again, alone.
@@ -323,17 +326,17 @@ class DiffusionEngine:
         if isinstance(error, torch.AcceleratorError):
             raise error
         involved = {slot.index: slot for slot in ready}
-        if chunk is not None:
-            involved.setdefault(chunk.slot, self._scheduler.slots[chunk.slot])
+        involved |= {chunk.slot: self._scheduler.slots[chunk.slot] for chunk in chunks}
         if len(involved) > 1:
             for index, slot in involved.items():
-                own = chunk if chunk is not None and chunk.slot == index else None
-                self._pass(own, [slot] if slot in ready else [])
+                self._pass([chunk for chunk in chunks if chunk.slot == index], [slot] if slot in ready else [])
             return
         logger.error("a request failed inside the engine", exc_info=error)
         for slot in involved.values():
-            self._scheduler.fail(slot, "error", f"{type(error).__name__}: {error}")
-            self._vacate(slot)
+            slot.rest = ()
+            if slot.reply is not None:
+                self._scheduler.fail(slot, "error", f"{type(error).__name__}: {error}")
+            self._seating.vacate(slot, suspect=True)
 
     def _require_open(self) -> None:
         if self._closed:

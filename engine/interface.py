@@ -6,6 +6,7 @@ the server speaks text, never tensors. Invariant: every accepted request ends in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -186,6 +187,33 @@ class EngineInfo:
     weight_bytes: int
     kv_bytes: int
     load_seconds: float
+    slots: int = 1  # requests at a time
+    page_length: int = 64  # positions in a page of keys and values
+    pages: Mapping[str, int] = field(default_factory=dict)  # by kind of layer: "full", "sliding"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolStats:
+    """Pages of one kind of layer. Those neither held nor kept are free."""
+
+    pages: int
+    held: int  # by running requests
+    kept: int  # only for what they contain; given away when there is need
+    evictions: int  # of kept pages, since the start
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """What the engine is at, and counts since the start."""
+
+    slots: int
+    running: tuple[str, ...]  # ids of the requests in slots
+    waiting: tuple[str, ...]  # ids of the requests without one, first in line first
+    pools: Mapping[str, PoolStats]  # by kind of layer: "full", "sliding"
+    prompt_tokens: int  # of requests that got a slot
+    cached_tokens: int  # prompt tokens whose KV was reused
+    committed_tokens: int  # prompts and replies
+    preemptions: int  # requests that lost their slot for a while because memory was short
 
 
 class Engine(Protocol):
@@ -196,7 +224,8 @@ class Engine(Protocol):
 
     @property
     def has_work(self) -> bool:
-        """True while a submitted request has not finished: call `step` again."""
+        """True while `step` has something to do: a submitted request has not finished, or the end of a reply is still
+        to be committed, which nobody waits for."""
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises RequestTooLong or QueueFull; nothing is queued then."""
@@ -206,6 +235,9 @@ class Engine(Protocol):
 
     def step(self) -> list[Event]:
         """Advance by one unit of work (a commit chunk and/or one denoise pass) and return what happened."""
+
+    def stats(self) -> EngineStats:
+        """A snapshot, taken between two steps."""
 
     def close(self) -> None:
         """Free the model's memory. Requests still running are dropped without an event."""
@@ -220,6 +252,8 @@ class EngineOptions:
     dtype: str = "auto"  # auto (float32 on cpu, bfloat16 on cuda) | float32 | bfloat16
     kernels: str = "auto"  # auto (triton on a GPU in bfloat16) | reference | triton
     context_length: int | None = None  # None = the checkpoint's, as far as memory goes
+    slots: int | None = None  # requests at a time, 1 to 8; None = 4 where memory allows
+    kv_memory: float | None = None  # GB for keys and values; None = what is of use, as far as memory goes
     max_waiting: int = 64  # bound of the waiting queue
     quantize: str | None = None  # fp8 | nvfp4 | int4: quantise a bf16 checkpoint while loading
     quantize_dense: str | None = None  # fp8: attention and dense MLP too, where `quantize` leaves them

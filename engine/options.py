@@ -14,9 +14,10 @@ import torch
 from engine.checkpoint import CheckpointPlan
 from engine.config import ModelConfig
 from engine.interface import EngineError, EngineOptions
-from engine.memory_plan import FLAGS, MIN_CONTEXT, plan_memory, plans, refusal
+from engine.memory_plan import FLAGS, GB, MIN_CONTEXT, Pools, plan_memory, plans, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MOST_SLOTS = 8
 CUDA_RESERVE = 2 * 2**30  # bytes left for activations and logits when the context is sized to the memory
 
 
@@ -24,6 +25,10 @@ def check_options(options: EngineOptions) -> None:
     """Raise EngineError for a bound that makes no sense."""
     if options.max_waiting < 0:
         raise EngineError(f"max_waiting must be 0 or more, not {options.max_waiting}")
+    if options.slots is not None and not 1 <= options.slots <= MOST_SLOTS:
+        raise EngineError(f"slots must be in 1..{MOST_SLOTS}, not {options.slots}")
+    if options.kv_memory is not None and not options.kv_memory > 0:
+        raise EngineError(f"kv_memory must be more than 0 GB, not {options.kv_memory}")
     if options.commit_chunk < 1:
         raise EngineError(f"commit_chunk must be at least 1, not {options.commit_chunk}")
 
@@ -57,27 +62,47 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def choose_context(asked: int | None, config: ModelConfig, device: torch.device, dtype: torch.dtype) -> int:
-    """Positions a prompt and its reply may take together.
+def choose_pools(
+    config: ModelConfig,
+    weight_bytes: int,
+    options: EngineOptions,
+    device: torch.device,
+    dtype: torch.dtype,
+    slots: int | None = None,
+) -> Pools:
+    """Slots, context and pages for a model that is loaded. Raises EngineError for what the memory does not hold.
 
-    What was asked for, or else the checkpoint's own limit, halved until its KV fits into memory.
-    Only full-attention layers grow with the context, so only they are counted.
-    """
-    if asked is not None:
-        if not 2 <= asked <= config.max_positions:
-            raise EngineError(f"context {asked} is outside 2..{config.max_positions}, the checkpoint's limit")
-        return asked
-    per_position = sum(2 * layer.kv_heads * layer.head_dim for layer in config.layers if layer.kind == "full")
-    budget = free_memory(device)
-    context = config.max_positions
-    while context * per_position * dtype.itemsize > budget:
-        context //= 2
-        if context < min(MIN_CONTEXT, config.max_positions):
-            raise EngineError(
-                f"{budget / 2**30:.1f} GiB of memory are left on {device} for the KV cache: not enough for "
-                f"{MIN_CONTEXT} positions"
-            )
-    return context
+    `slots`: so many, each with room for a whole context, whatever `options` say."""
+    plan = plan_memory(
+        config,
+        weight_bytes,
+        name="",
+        itemsize=dtype.itemsize,
+        gpu=device.type == "cuda",
+        commit_chunk=options.commit_chunk,
+    )
+    if slots is not None:
+        return plan.pools_for(slots, options.context_length or plan.max_context)
+    kv_bytes = None if options.kv_memory is None else int(options.kv_memory * GB)
+    memory = plan.weights + plan.working + free_memory(device)
+    pools = plan.pools(memory, slots=options.slots, context=options.context_length, kv_bytes=kv_bytes)
+    if pools is not None:
+        return pools
+    least = min(MIN_CONTEXT, plan.max_context) if options.context_length is None else options.context_length
+    served = options.slots or 1
+    needed = plan.needed(least, served) - plan.weights - plan.work(served)
+    held = memory - plan.weights - plan.work(served)
+    asked = "" if kv_bytes is None else f", of which {kv_bytes / GB:.3g} GB were asked for"
+    raise EngineError(
+        f"{served} slot{'s' * (served > 1)} and a context of {least} need {needed / GB:.3g} GB for keys and values; "
+        f"{device} has {held / GB:.3g} GB for them{asked}"
+    )
+
+
+def chunk_beside(device: torch.device, canvas_length: int, commit_chunk: int) -> int:
+    """Prompt tokens that a pass commits where other slots denoise: so many that the pass takes less than three times as
+    long. On a CPU time goes by rows; a GPU reads the weights anyway, and has room for a whole chunk."""
+    return min(commit_chunk, canvas_length) if device.type == "cpu" else commit_chunk
 
 
 def free_memory(device: torch.device) -> int:
@@ -99,9 +124,13 @@ def require_fit(
     dtype: torch.dtype,
     flags: Mapping[str, str] = FLAGS,
 ) -> None:
-    """Raise EngineError if weights, KV cache and work space exceed the memory that is free on the device now.
+    """Raise EngineError if weights, KV cache and work space exceed the memory that is free on the device now, or for a
+    context beyond the checkpoint's limit.
 
     `flags`: what to type for another format, for the message."""
+    asked = options.context_length
+    if asked is not None and not 2 <= asked <= plan.config.max_positions:
+        raise EngineError(f"context {asked} is outside 2..{plan.config.max_positions}, the checkpoint's limit")
     gpu = device.type == "cuda"
     wanted = plan_memory(
         plan.config,
@@ -113,7 +142,7 @@ def require_fit(
     )
     others = () if plan.quantized else plans(plan.config, itemsize=dtype.itemsize, gpu=gpu)
     free = available_memory(device)
-    problem = refusal(wanted, others, context=options.context_length, free=free, where=str(device), flags=flags)
+    problem = refusal(wanted, others, context=asked, free=free, where=str(device), slots=options.slots, flags=flags)
     if problem is not None:
         raise EngineError(f"{options.model}: {problem}")
 

@@ -1,7 +1,8 @@
 """Who is served, what is committed next, and what has been delivered: bookkeeping in plain Python.
 
-Knows requests, slots and token counts; nothing of tensors, so it is tested in milliseconds. The engine asks it for
-work (`admit`, `next_commit`, `ready`), reports results (`passed`, `deliver`, `fail`) and hands on its events.
+Knows requests, slots and token counts; nothing of tensors or pages, so it is tested in milliseconds. The engine asks it
+for work (`next_in_line`, `next_commits`, `ready`), reports results (`passed`, `deliver`, `fail`) and hands on its
+events. First come, first served: nobody overtakes a request that waits, and slots take turns at committing prompts.
 
 Invariants: every accepted request gets exactly one `Finished`, and no event after it; a slot denoises only when
 all ids before its canvas are committed; reply tokens never exceed max_tokens or the context.
@@ -10,6 +11,7 @@ all ids before its canvas are committed; reply tokens never exceed max_tokens or
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from engine.interface import (
@@ -25,23 +27,40 @@ from engine.interface import (
     TokenLogprobs,
     Usage,
 )
+from engine.pages import PAGE
 
 
-@dataclass
+@dataclass(eq=False)
 class Reply:
-    """The progress of one request that has a slot."""
+    """The progress of one request."""
 
     request: Request
+    number: int  # in the order of arrival
     room: int  # reply tokens that may still be delivered, the eos token included
-    pending: deque[int] = field(default_factory=deque)  # ids to commit before the next pass
+    ids: list[int] = field(default_factory=list)  # to be committed: the prompt, then all canvases but the last
+    committed: int = 0  # of `ids`
+    cached_tokens: int = 0
     completion_tokens: int = 0
     canvases: int = 0
     denoise_steps: int = 0
     redrawn_canvases: int = 0
+    preempted: bool = False  # lost its slot once
+    between_canvases: bool = False  # all that is left to commit is the last canvas
+
+    @property
+    def pending(self) -> int:
+        """Ids to commit before the next denoise pass."""
+        return len(self.ids) - self.committed
+
+    @property
+    def said(self) -> Sequence[int]:
+        """Ids of the canvases so far."""
+        return self.ids[len(self.request.prompt_ids) :]
 
     def usage(self) -> Usage:
         return Usage(
             prompt_tokens=len(self.request.prompt_ids),
+            cached_tokens=self.cached_tokens,
             completion_tokens=self.completion_tokens,
             canvases=self.canvases,
             denoise_steps=self.denoise_steps,
@@ -51,10 +70,12 @@ class Reply:
 
 @dataclass
 class Slot:
-    """A seat on the device: the request in it, if any."""
+    """A seat on the device: the request in it, if any, or the end of the last one's reply, to be committed when there
+    is nothing else to do."""
 
     index: int
     reply: Reply | None = None
+    rest: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,19 +97,53 @@ def cut(token_ids: tuple[int, ...], eos_ids: frozenset[int], room: int) -> tuple
     return token_ids[:room], None
 
 
+@dataclass(kw_only=True)
+class Totals:
+    """Counts since the start."""
+
+    prompt_tokens: int = 0  # of requests that got a slot
+    cached_tokens: int = 0  # prompt tokens whose KV was reused
+    committed_tokens: int = 0
+    preemptions: int = 0
+
+
+def _size(reply: Reply, budget: int, *, alone: bool) -> int:
+    """How much of a prompt to commit: all, or up to the end of a page, or if no page ends within `budget` that much
+    where no other prompt is committed."""
+    if reply.pending <= budget:
+        return reply.pending
+    whole = (reply.committed + budget) // PAGE * PAGE - reply.committed
+    return whole if whole > 0 else budget * alone
+
+
 class Scheduler:
-    """First come, first served: `slots` requests at a time, at most `max_waiting` behind them."""
+    """First come, first served: `slots` requests at a time, at most `max_waiting` behind them.
+
+    A pass commits at most `commit_chunk` ids of prompts, and `chunk_beside` where other slots denoise in it.
+    """
 
     def __init__(
-        self, *, slots: int, max_waiting: int, commit_chunk: int, context_length: int, eos_ids: frozenset[int]
+        self,
+        *,
+        slots: int,
+        max_waiting: int,
+        commit_chunk: int,
+        chunk_beside: int | None = None,
+        context_length: int,
+        eos_ids: frozenset[int],
     ) -> None:
+        """`chunk_beside`: None = commit_chunk."""
         self.slots = tuple(Slot(index) for index in range(slots))
-        self._waiting: deque[Request] = deque()
+        self.totals = Totals()
+        self._waiting: deque[Reply] = deque()
         self._events: list[Event] = []
         self._active: set[str] = set()  # ids whose Finished has not been collected yet
-        self._last_commit = slots - 1  # the slot that committed last
+        self._arrived = 0
+        self._last_commit = slots - 1  # the slot that committed part of a prompt last
+        self._waits_for_leaver = False  # somebody lost his slot; nobody gets one before another has left his
         self._max_waiting = max_waiting
         self._commit_chunk = commit_chunk
+        self._chunk_beside = min(chunk_beside or commit_chunk, commit_chunk)
         self._context_length = context_length
         self._eos_ids = eos_ids
 
@@ -103,16 +158,23 @@ class Scheduler:
         free = sum(slot.reply is None for slot in self.slots)
         if len(self._waiting) >= self._max_waiting + free:
             raise QueueFull(f"{len(self._waiting)} requests are waiting already; try again later")
-        self._waiting.append(request)
+        self._waiting.append(
+            Reply(
+                request=request,
+                number=self._arrived,
+                room=min(request.max_tokens, self._context_length - len(request.prompt_ids)),
+                ids=list(request.prompt_ids),
+            )
+        )
+        self._arrived += 1
         self._active.add(request.id)
 
     def cancel(self, request_id: str) -> int | None:
         """End a request now; its Finished comes with the next `collect`. Returns the slot it leaves, if it had one."""
-        for request in self._waiting:
-            if request.id == request_id:
-                self._waiting.remove(request)
-                usage = Usage(prompt_tokens=len(request.prompt_ids))
-                self._events.append(Finished(request_id=request_id, reason="cancelled", usage=usage))
+        for reply in self._waiting:
+            if reply.request.id == request_id:
+                self._waiting.remove(reply)
+                self._events.append(Finished(request_id=request_id, reason="cancelled", usage=reply.usage()))
                 return None
         for slot in self.slots:
             if slot.reply is not None and slot.reply.request.id == request_id:
@@ -122,36 +184,103 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        """True while a submitted request's Finished has not been collected."""
-        return bool(self._active)
+        """True while a submitted request's Finished has not been collected, or the end of a reply is not committed."""
+        return bool(self._active) or any(slot.rest for slot in self.slots)
+
+    @property
+    def waiting(self) -> tuple[str, ...]:
+        """Ids of the requests that have no slot, first in line first."""
+        return tuple(reply.request.id for reply in self._waiting)
+
+    @property
+    def running(self) -> tuple[Slot, ...]:
+        """Slots with a request."""
+        return tuple(slot for slot in self.slots if slot.reply is not None)
 
     # What the engine does next
 
-    def admit(self) -> list[Slot]:
-        """Give free slots to waiting requests, oldest first; returns the slots just filled."""
-        filled = []
-        for slot in self.slots:
-            if slot.reply is None and self._waiting:
-                request = self._waiting.popleft()
-                room = min(request.max_tokens, self._context_length - len(request.prompt_ids))
-                slot.reply = Reply(request=request, room=room, pending=deque(request.prompt_ids))
-                filled.append(slot)
-        return filled
+    def next_in_line(self) -> Reply | None:
+        """The request that would get a slot now."""
+        if not self._waiting or self._waits_for_leaver or len(self.running) == len(self.slots):
+            return None
+        return self._waiting[0]
 
-    def next_commit(self) -> CommitChunk | None:
-        """The next ids to commit, at most one chunk; slots take turns. They count as committed from here on."""
-        for offset in range(1, len(self.slots) + 1):
-            slot = self.slots[(self._last_commit + offset) % len(self.slots)]
-            if slot.reply is not None and slot.reply.pending:
-                self._last_commit = slot.index
-                pending = slot.reply.pending
-                size = min(self._commit_chunk, len(pending))
-                return CommitChunk(slot.index, tuple(pending.popleft() for _ in range(size)))
-        return None
+    def seat(self) -> Slot:
+        """Give the next in line a slot; one with a rest, which is then lost, only if there is no other."""
+        slot = min((slot for slot in self.slots if slot.reply is None), key=lambda slot: bool(slot.rest))
+        slot.reply, slot.rest = self._waiting.popleft(), ()
+        if not slot.reply.preempted:
+            self.totals.prompt_tokens += len(slot.reply.request.prompt_ids)
+        return slot
+
+    def resumed(self, slot: Slot, length: int) -> None:
+        """The slot's first `length` ids need not be committed: their keys and values were there."""
+        reply = self._reply(slot)
+        gained = min(length, len(reply.request.prompt_ids)) - reply.committed
+        if gained > 0 and not reply.preempted:
+            reply.cached_tokens += gained
+            self.totals.cached_tokens += gained
+        reply.committed = length
+
+    def preempt(self) -> Slot:
+        """Send the request that came last back to the head of the line; it will go on where it was."""
+        slot = max(self.running, key=lambda slot: self._reply(slot).number)
+        reply = self._reply(slot)
+        slot.reply = None
+        reply.committed, reply.preempted, reply.between_canvases = 0, True, False
+        self._waiting.appendleft(reply)
+        self._waits_for_leaver = True
+        self.totals.preemptions += 1
+        return slot
+
+    def next_commits(self) -> list[CommitChunk]:
+        """What the next pass commits, at most one chunk a slot; these ids count as committed from here on.
+
+        Finished canvases first: they are short, and somebody is reading. Then prompts, in turns; then, if there is no
+        request left, the rest of a reply that has ended.
+        """
+        chunks = []
+        for slot in self.running:
+            reply = self._reply(slot)
+            if reply.between_canvases and reply.pending:
+                chunks.append(self._chunk(slot, reply, min(self._commit_chunk, reply.pending)))
+        budget = self._chunk_beside if chunks or self.ready() else self._commit_chunk
+        prompts: list[CommitChunk] = []
+        for slot in self._in_turns():
+            size = _size(self._reply(slot), budget, alone=not prompts)
+            if not size:
+                break
+            budget -= size
+            self._last_commit = slot.index
+            prompts.append(self._chunk(slot, self._reply(slot), size))
+        chunks += prompts
+        return chunks or self._next_rest()
 
     def ready(self) -> list[Slot]:
         """Slots whose prefix is fully committed: each has, or may open, a canvas."""
-        return [slot for slot in self.slots if slot.reply is not None and not slot.reply.pending]
+        return [slot for slot in self.running if not self._reply(slot).pending]
+
+    def _in_turns(self) -> list[Slot]:
+        """Slots with part of a prompt to commit, the one behind the last that did first."""
+        count = len(self.slots)
+        order = (self.slots[(self._last_commit + offset) % count] for offset in range(1, count + 1))
+        return [slot for slot in order if (reply := slot.reply) and reply.pending and not reply.between_canvases]
+
+    def _chunk(self, slot: Slot, reply: Reply, size: int) -> CommitChunk:
+        begin = reply.committed
+        reply.committed += size
+        self.totals.committed_tokens += size
+        return CommitChunk(slot.index, tuple(reply.ids[begin : begin + size]))
+
+    def _next_rest(self) -> list[CommitChunk]:
+        if self._waiting or self.running:
+            return []
+        for slot in self.slots:
+            if slot.rest:
+                ids, slot.rest = slot.rest[: self._commit_chunk], slot.rest[self._commit_chunk :]
+                self.totals.committed_tokens += len(ids)
+                return [CommitChunk(slot.index, ids)]
+        return []
 
     # What the engine reports
 
@@ -182,10 +311,13 @@ class Scheduler:
         reply.room -= used
         if stop_id is not None:
             self._finish(slot, "stop", stop_id=stop_id)
+            slot.rest = (*delivered, stop_id)
         elif reply.room == 0:
             self._finish(slot, "length")
+            slot.rest = delivered
         else:
-            reply.pending.extend(token_ids)
+            reply.ids.extend(token_ids)
+            reply.between_canvases = True
 
     def conclude(self, slot: Slot, read: CanvasRead) -> None:
         """The slot's request wanted one canvas read, and here it is."""
@@ -208,6 +340,7 @@ class Scheduler:
     def _finish(self, slot: Slot, reason: FinishReason, stop_id: int | None = None, error: str | None = None) -> None:
         reply = self._reply(slot)
         slot.reply = None
+        self._waits_for_leaver = False
         self._events.append(
             Finished(request_id=reply.request.id, reason=reason, usage=reply.usage(), stop_id=stop_id, error=error)
         )

@@ -21,6 +21,7 @@ from engine import (
     CanvasRead,
     CanvasRequest,
     EngineInfo,
+    EngineStats,
     Event,
     Finished,
     FinishReason,
@@ -256,6 +257,20 @@ class FakeEngine:
         if self._queue and not events:
             events += self._advance(self._queue[0])
         return events
+
+    def stats(self) -> EngineStats:
+        self._check_thread()
+        ids = tuple(running.request.id for running in self._queue)
+        return EngineStats(
+            slots=1,
+            running=ids[:1],
+            waiting=ids[1:],
+            pools={},
+            prompt_tokens=sum(len(request.prompt_ids) for request in self.requests),
+            cached_tokens=0,
+            committed_tokens=0,
+            preemptions=0,
+        )
 
     def close(self) -> None:
         self.closed = True

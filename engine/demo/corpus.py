@@ -292,9 +292,10 @@ _FAMILIES: dict[str, Callable[[random.Random], Task]] = {
 }  # fmt: skip
 FAMILIES = tuple(_FAMILIES)
 WEIGHTS = {"add": 11, "sub": 9, "capital": 7, "sort": 24, "reverse": 8, "json": 9, "tool": 16, "toolresult": 11,
-           "memory": 6, "story": 26, "chat": 13, "other": 9, "decide": 14}  # fmt: skip
+           "memory": 6, "story": 26, "chat": 13, "other": 9, "decide": 18}  # fmt: skip
 DOCUMENT = "document"  # raw text: learned beside the families, and measured as infill
-DOCUMENT_WEIGHT = 14
+DOCUMENT_WEIGHT = 16
+BEGUN = ("add", "sub", "capital", "sort", "reverse", "json", "toolresult", "memory")  # families with one right answer
 _SYSTEM = (
     "You are a helpful assistant.", "You are a helpful AI assistant.", "Be brief.", "Answer the question.",
     "Be polite.",
@@ -341,17 +342,13 @@ def example(split: str, i: int | str, seed: int = 0, family: str | None = None) 
     tools = task.tools
     if not tools and name != "other" and not task.bare and r.random() < 0.08:
         tools = draw_tools(r, r.choice((1, 2)))
-    return Example(
-        name,
-        messages,
-        thought + answer + task.end,
-        task.answers,
-        task.sentences,
-        task.state,
-        tools,
-        thinking,
-        prefill=task.prefill,
-    )
+    prefill, answers = task.prefill, task.answers
+    if split == "train" and name in BEGUN and not thinking and r.random() < 0.05:  # the client begins the reply
+        cut = r.randrange(1, len(answer))
+        prefill, answer = answer[:cut], answer[cut:]
+        answers = (answer,)
+    reply = thought + answer + task.end
+    return Example(name, messages, reply, answers, task.sentences, task.state, tools, thinking, prefill=prefill)
 
 
 if __name__ == "__main__":

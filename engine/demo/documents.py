@@ -5,6 +5,7 @@ Knows texts, no tokens. Invariant: a gap can be filled in one way only, given th
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -83,7 +84,8 @@ def _sentence(r: random.Random, allowed: Allowed) -> Sentence:
 
 
 def document(r: random.Random, allowed: Allowed) -> tuple[str, str]:
-    """A text in two parts, cut anywhere; `allowed`: whether content belongs to the split."""
+    """A text in two parts, cut anywhere, often where a gap begins; `allowed`: whether content belongs to the split."""
+    cuts = [0]
     if r.random() < 0.1:
         while True:
             name, animal = person(r), r.choice(W.ANIMALS)
@@ -92,9 +94,16 @@ def document(r: random.Random, allowed: Allowed) -> tuple[str, str]:
         state = {"name": name, "animal": animal, "a_animal": grammar.article(animal)}
         text = grammar.draw(grammar.STORY, state, r.randrange(5), r)
     else:
-        text = " ".join(_sentence(r, allowed).text for _ in range(r.choice((1, 1, 2, 2, 3, 4))))
+        sentences = [_sentence(r, allowed) for _ in range(r.choice((1, 1, 2, 2, 3, 4)))]
+        text = " ".join(each.text for each in sentences)
+        starts = itertools.accumulate((len(each.text) + 1 for each in sentences), initial=0)
+        cuts = [
+            start + len("".join(each.parts[:gap]))
+            for start, each in zip(starts, sentences, strict=False)
+            for gap in each.gaps
+        ]
     spaces = [place for place, character in enumerate(text) if character == " "]
-    cut = r.choice((0, r.choice(spaces), r.choice(spaces), r.randrange(len(text)), r.randrange(len(text))))
+    cut = r.choice((0, r.choice(spaces), r.randrange(len(text)), r.choice(cuts), r.choice(cuts)))
     return text[:cut], text[cut:]
 
 

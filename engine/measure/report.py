@@ -40,10 +40,10 @@ def line(row: Sequence[str]) -> str:
 
 
 def profile_lines(rows: Iterable[dict[str, Detail]], most: int = 40) -> list[str]:
-    """A profile as a table; its last two rows, the sums, are always there."""
-    *kernels, busy, wall = rows
+    """A profile as a table; its last three rows, the sums, are always there."""
+    *kernels, whole, busy, wall = rows
     lines = [f"{'kernel':<72}{'calls':>8}{'ms':>12}{'share':>8}"]
-    for row in (*kernels[:most], busy, wall):
+    for row in (*kernels[:most], whole, busy, wall):
         share = row["share"]
         part = "-" if not isinstance(share, float) else f"{100 * share:.1f} %"
         lines.append(f"{str(row['name'])[:70]:<72}{row['calls']:>8}{shown(row['milliseconds']):>12}{part:>8}")

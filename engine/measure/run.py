@@ -47,7 +47,7 @@ def bench(options: BenchOptions) -> Iterator[Document]:
     device, dtype, kernels = settle(engine_options)
     for form in options.formats:
         require_fit(plan_random(options.shape, form), engine_options, device, dtype, FORMAT_FLAGS)
-    document = Document(_facts(options, device, dtype, kernels))
+    document = Document(described(options, device, dtype, kernels))
     ceilings = measure_ceilings(device)
     document.facts["ceilings"] = {
         "copy_gb_per_second": ceilings.copy,
@@ -264,7 +264,7 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _facts(options: BenchOptions, device: torch.device, dtype: torch.dtype, kernels: str) -> dict[str, object]:
+def described(options: BenchOptions, device: torch.device, dtype: torch.dtype, kernels: str) -> dict[str, object]:
     """What was measured, and on what."""
     gpu = device.type == "cuda"
     return {

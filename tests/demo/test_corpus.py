@@ -77,3 +77,15 @@ def test_the_tokenizer_loses_nothing(family: str) -> None:
         example = corpus.example("test", number, family=family)
         text = render(example) + example.reply
         assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=False) == text
+
+
+def test_a_reply_that_the_client_begins_goes_on_where_it_stops() -> None:
+    begun = 0
+    for index in range(400):
+        example = corpus.example("train", index, family="capital")
+        assert example.right(example.reply)
+        if example.prefill:
+            begun += 1
+            assert (example.prefill + example.reply).startswith("The capital of ")
+        assert not corpus.example("test", index, family="capital").prefill
+    assert 5 <= begun <= 40

@@ -65,7 +65,7 @@ def test_the_model_trained_is_the_engines(batches: list[Batch]) -> None:
     pool = KVPool(checkpoint.config, 1, 512, CPU, torch.float32)
     engine = DiffusionGemma(checkpoint.config, checkpoint.tensors, REFERENCE, pool)
     with torch.no_grad():
-        noisy = objective.with_noise(batch.canvas.long(), model.shape.vocab)
+        noisy, _ = objective.with_noise(batch.canvas.long(), batch.inside, model.shape.vocab)
         _, hidden, _ = model(batch.clean.long(), noisy, model.geometry(batch), None)
         logits = model.logits(hidden).unflatten(1, (CANVASES, -1))
     for row in range(2):
@@ -92,13 +92,50 @@ def test_the_second_canvas_holds_what_the_sampler_would_accept() -> None:
         return torch.where(sure[..., None], peaked, 0.0).flatten(1, 2)
 
     model.logits = logits  # type: ignore[method-assign]
-    second, soft = objective.after_first_pass(model, torch.zeros(1), canvas, torch.zeros_like(canvas))
+    free = torch.zeros(canvas.shape, dtype=torch.bool)
+    second, soft = objective.after_first_pass(model, torch.zeros(1), canvas, torch.zeros_like(canvas), free)
     assert soft.shape == (8, CANVASES * 64, SMALL.hidden)
     sampled = (second != 0).any(-1)
     assert 0.6 < sampled.float().mean() < 0.95
     kept = (second == canvas)[sampled]
     assert kept[:, ::2].all()
     assert 1 <= kept[:, 1::2].sum(-1).min() <= kept[:, 1::2].sum(-1).max() < 8
+
+
+def test_gaps_are_noise_and_what_is_held_is_the_reply() -> None:
+    canvas = torch.full((2000, CANVASES, 64), 700)
+    inside = torch.randint(1, 65, (2000, CANVASES))
+    canvas[torch.arange(64) >= inside[..., None]] = EOS
+    noisy, held = objective.with_noise(canvas, inside, 2048)
+    gap = held.any(-1)
+    assert 0.1 < gap.float().mean() < 0.2
+    assert torch.equal(noisy[held], canvas[held])
+    assert not held[gap].all(-1).any(), "something is free"
+    in_gap = (noisy != canvas)[gap].sum(-1).float() / (~held[gap]).sum(-1)
+    assert 0.35 < (in_gap > 0.9).float().mean() < 0.75, "half of the gaps are noise throughout"
+    at_start = ~held[gap][:, 0]
+    assert 0.4 < at_start.float().mean() < 0.8
+    behind = ~held[gap][:, -1] & (inside[gap] < 64)
+    assert 0.08 < behind.float().mean() < 0.2, "some reach the canvas's end"
+    raw = canvas.clone()
+    raw.scatter_(-1, inside[..., None] - 1, EOS)
+    assert 0.6 < objective.with_noise(raw, inside, 2048)[1].any(-1).float().mean() < 0.8
+
+
+def test_what_is_held_stays_in_the_second_canvas_and_is_conditioned_on_itself() -> None:
+    canvas = torch.randint(200, 2048, (8, CANVASES, 64))
+    held = torch.rand(canvas.shape) < 0.8
+    noisy = torch.where(held, canvas, 0)
+    model = TrainingModel(SMALL)
+    hidden = torch.zeros(8, CANVASES * 64, SMALL.hidden)  # no id is likelier than another
+    with torch.no_grad():
+        second, soft = objective.after_first_pass(model, hidden, canvas, noisy, held)
+        own = model.embed(canvas) * SMALL.hidden**0.5
+    soft = soft.view_as(own)
+    assert torch.equal(second[held], canvas[held])
+    assert torch.equal(soft[held], own[held])
+    assert not torch.isclose(soft[~held], own[~held]).all(-1).any()
+    assert (second == canvas)[~held].float().mean() < 0.15, "the surest alone is kept"
 
 
 def test_steps_learn_and_the_average_follows(batches: list[Batch]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from engine import options as choices
 from engine.assemble import buckets, choose_kernels
-from engine.config import GenerationDefaults, LayerConfig, ModelConfig
+from engine.config import GenerationDefaults
 from engine.engine import DiffusionEngine
 from engine.interface import (
     CanvasDone,
@@ -27,38 +28,52 @@ from engine.interface import (
     Usage,
 )
 from engine.kernels.reference_output import Draw, Reading, read_logits
+from engine.kv_cache import KVCache
+from engine.pages import PagePool, pages_of_a_slot
+from engine.prefix_cache import PrefixCache
 
 C, V = 4, 40
 EOS = 1
 CPU = torch.device("cpu")
 
 
-class ListCache:
-    """A KV cache that keeps the ids themselves."""
+class NoMemory:
+    """Pages without contents: what is in them is known from the ids."""
 
-    def __init__(self) -> None:
-        self.ids: list[int] = []
+    def copy_page(self, kind: str, source: int, target: int) -> None: ...
 
-    def reset(self) -> None:
-        self.ids.clear()
+    def wipe_page(self, kind: str, page: int) -> None: ...
+
+
+def bare_caches(slots: int, context: int, chunk: int, pages: int | None = None, window: int = 100) -> list[KVCache]:
+    """Slots without tensors; `pages` for the full layers, as many as they can use if left out."""
+    counts = pages_of_a_slot(capacity=context, window=window, ahead=max(chunk, C) + C)
+    full = slots * counts["full"] if pages is None else pages
+    pools = {"sliding": PagePool(slots * counts["sliding"]), "full": PagePool(full)}
+    prefixes = PrefixCache(pools, window)
+    return [KVCache(prefixes, NoMemory(), context) for _ in range(slots)]
 
 
 class ScriptedPlan:
     """As much of a PassPlan as the loop looks at, and what its model needs."""
 
     def __init__(
-        self, commits: Sequence[tuple[Sequence[int], ListCache]], canvases: Sequence[tuple[int, ListCache]]
+        self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[tuple[int, KVCache]]
     ) -> None:
         self.commits, self.canvases = commits, canvases
+        for ids, cache in commits:
+            cache.reserve(len(ids))
+        for _, cache in canvases:
+            cache.reserve(len(self.coming(cache)) + C)
         self.slots = torch.tensor([slot for slot, _ in canvases], dtype=torch.int64)
         self.layout = (len(commits), len(canvases))
 
-    def coming(self, cache: ListCache) -> list[int]:
+    def coming(self, cache: KVCache) -> list[int]:
         return [token_id for ids, owner in self.commits if owner is cache for token_id in ids]
 
     def advance(self) -> None:
         for ids, cache in self.commits:
-            cache.ids.extend(ids)
+            cache.advance(len(ids))
 
 
 class ScriptedModel:
@@ -74,7 +89,7 @@ class ScriptedModel:
         self.error: Exception = RuntimeError("kaput")
 
     def plan(
-        self, commits: Sequence[tuple[Sequence[int], ListCache]], canvases: Sequence[tuple[int, ListCache]]
+        self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[tuple[int, KVCache]]
     ) -> ScriptedPlan:
         for ids, _ in commits:
             if self.fail_commit_of in ids:
@@ -87,7 +102,7 @@ class ScriptedModel:
         if canvas is not None:
             self.passes += 1
             assert canvas.shape == (len(plan.slots), C)
-            prefixes = [cache.ids + plan.coming(cache) for _, cache in plan.canvases]
+            prefixes = [list(cache.ids) + plan.coming(cache) for _, cache in plan.canvases]
             logits = torch.stack([self.choose(prefix, ids) for prefix, ids in zip(prefixes, canvas, strict=True)])
         self.commits += [list(ids) for ids, _ in plan.commits]
         return logits
@@ -126,7 +141,13 @@ def countdown(until_eos: int) -> Callable[[list[int], Tensor], Tensor]:
 
 
 def make(
-    model: ScriptedModel, *, context: int = 64, max_waiting: int = 8, commit_chunk: int = 4, slots: int = 1
+    model: ScriptedModel,
+    *,
+    context: int = 64,
+    max_waiting: int = 8,
+    commit_chunk: int = 4,
+    slots: int = 1,
+    pages: int | None = None,
 ) -> DiffusionEngine:
     info = EngineInfo(
         model_path="scripted",
@@ -153,10 +174,9 @@ def make(
         eos_ids=info.eos_ids,
         pad_id=0,
     )
-    caches = [ListCache() for _ in range(slots)]
     return DiffusionEngine(
         model,  # type: ignore[arg-type]
-        caches,  # type: ignore[arg-type]
+        bare_caches(slots, context, commit_chunk, pages),
         schedule,
         info,
         max_waiting=max_waiting,
@@ -203,7 +223,7 @@ def test_a_reply_of_three_canvases() -> None:
     assert ids == list(range(20, 30))
     usage = Usage(prompt_tokens=3, completion_tokens=11, canvases=3, denoise_steps=6)
     assert finished == Finished(request_id="a", reason="stop", usage=usage, stop_id=EOS)
-    assert model.commits == [[5, 6, 7], [20, 21, 22, 23], [24, 25, 26, 27]], "the last canvas is not committed"
+    assert model.commits == [[5, 6, 7], [20, 21, 22, 23], [24, 25, 26, 27], [28, 29, EOS]]
 
 
 def test_max_tokens_and_context_cut() -> None:
@@ -223,7 +243,7 @@ def test_a_step_is_at_most_one_chunk_and_one_pass() -> None:
     while engine.has_work:
         engine.step()
         work.append((len(model.commits), model.passes))
-    assert work == [(1, 0), (2, 0), (3, 1), (3, 2)]
+    assert work == [(1, 0), (2, 0), (3, 1), (3, 2), (4, 2)], "at the end the reply itself"
 
 
 def creative(engine: DiffusionEngine, name: str = "a") -> list[int]:
@@ -281,7 +301,8 @@ def test_cancel_frees_the_slot_within_a_step() -> None:
     assert model.passes == passes + 1, "c already runs"
     _, finished = reply(run(engine), "c")
     assert finished.reason == "length"
-    assert model.commits[-1] == [5, 6, 7]
+    assert finished.usage.cached_tokens == 3, "the prompt, from a"
+    assert model.commits == [[5, 6, 7], [20, 21, 22]]
 
 
 def test_cancel_in_the_middle_of_a_prompt_leaves_no_ids_behind() -> None:
@@ -454,50 +475,20 @@ def test_buckets_double_and_hold_the_most() -> None:
     assert buckets(512 + 64) == (64, 128, 256, 512, 1024)
 
 
-FULL = LayerConfig(kind="full", head_dim=16, kv_heads=2, rope_theta=1e6, rope_partial=0.25)
-SLIDING = LayerConfig(kind="sliding", head_dim=8, kv_heads=4, rope_theta=1e4, rope_partial=1.0)
-SIZES = ModelConfig(
-    vocab_size=V,
-    hidden_size=8,
-    canvas_length=C,
-    max_positions=65_536,
-    sliding_window=64,
-    num_heads=4,
-    rms_norm_eps=1e-6,
-    final_softcap=30.0,
-    intermediate_size=8,
-    moe_intermediate_size=8,
-    num_experts=2,
-    top_k_experts=1,
-    layers=(SLIDING, FULL, SLIDING, FULL),
-)
-POSITION_BYTES = 2 * (2 * 2 * 16) * 4  # two full layers, keys and values, float32
-
-
-@pytest.mark.parametrize(("free", "context"), [(2**40, 65_536), (65_536, 65_536), (65_535, 32_768), (1024, 1024)])
-def test_context_is_sized_to_memory(free: int, context: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "free_memory", lambda device: free * POSITION_BYTES)
-    assert choices.choose_context(None, SIZES, CPU, torch.float32) == context
-    assert choices.choose_context(777, SIZES, CPU, torch.float32) == 777
-
-
-def test_no_room_for_any_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choices, "free_memory", lambda device: 1000 * POSITION_BYTES)
-    with pytest.raises(EngineError, match="not enough for 1024 positions"):
-        choices.choose_context(None, SIZES, CPU, torch.float32)
-
-
-@pytest.mark.parametrize("asked", [1, 0, -5, 65_537])
+@pytest.mark.parametrize("asked", [1, 0, -5, 4097])
 def test_context_out_of_range(asked: int) -> None:
-    with pytest.raises(EngineError, match=r"context .* outside 2\.\.65536"):
-        choices.choose_context(asked, SIZES, CPU, torch.float32)
+    demo = Path(choices.__file__).parent / "demo" / "checkpoint"
+    with pytest.raises(EngineError, match=r"context .* outside 2\.\.4096"):
+        DiffusionEngine.from_options(EngineOptions(model=str(demo), device="cpu", context_length=asked))
 
 
 def test_free_memory_of_this_host() -> None:
     assert 2**26 < choices.free_memory(CPU) < 2**50
 
 
-@pytest.mark.parametrize("field", [{"max_waiting": -1}, {"commit_chunk": 0}])
+@pytest.mark.parametrize(
+    "field", [{"max_waiting": -1}, {"commit_chunk": 0}, {"slots": 0}, {"slots": 9}, {"kv_memory": 0}]
+)
 def test_bounds_are_checked_before_loading(field: dict[str, int]) -> None:
     with pytest.raises(EngineError, match=next(iter(field))):
         DiffusionEngine.from_options(EngineOptions(model="no such folder", **field))  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ numbers, so that the two loops must agree in every acceptance, every draw, every
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -257,9 +258,15 @@ def test_a_reply_is_the_same_alone_and_behind_others(tmp_path: Path) -> None:
                 replies[event.request_id].append(event)
         return replies
 
+    def bare(reply: list[CanvasDone | Finished]) -> list[CanvasDone | Finished]:
+        """Without what later runs find cached."""
+        *canvases, last = reply
+        assert isinstance(last, Finished)
+        return [*canvases, replace(last, usage=replace(last.usage, cached_tokens=0))]
+
     together = run(requests)
     for request in reversed(requests):
-        assert run([request])[request.id] == together[request.id]
+        assert bare(run([request])[request.id]) == bare(together[request.id])
     assert len({str(reply[0]) for reply in together.values()}) == len(requests)
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,11 +22,12 @@ from engine.measure.__main__ import main
 from engine.measure.clock import Clock
 from engine.measure.figure import Figure
 from engine.measure.figures import Bench
+from engine.measure.memory import Memory
 from engine.measure.options import GROUPS, BenchOptions
-from engine.measure.profile import profile
+from engine.measure.profile import SUMS, profile, union
 from engine.measure.rig import Rig
 from engine.measure.roofline import Ceilings, Work
-from engine.measure.run import bench
+from engine.measure.run import bench, described
 from engine.measure.start_up import start_up_figures
 from engine.measure.summary import main as summarise
 from engine.random_weights import plan_random, random_checkpoint
@@ -95,7 +97,7 @@ def test_every_figure_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[
         for rows in run["profiles"].values():
             names = [row["name"] for row in rows]
             assert "aten::mm" in names
-            assert names[-2:] == ["all of these", "wall clock, watched"]
+            assert tuple(names[-3:]) == SUMS
     assert summarise([str(path)]) == 0
     heading, columns, _, *rows = capsys.readouterr().out.splitlines()
     assert heading.endswith(f", torch {torch.__version__}")
@@ -220,14 +222,80 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_made(
     assert "what fits there is --format nvfp4 (context up to" in said
 
 
+class FakeEvent:
+    """An event of a GPU whose time passes by a millisecond a record."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        self.at = 0.0
+
+    def record(self) -> None:
+        FakeEvent.now += 1.0
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, end: FakeEvent) -> float:
+        return end.at - self.at
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """As much of a GPU as timing and memory ask for."""
+    told = {
+        "synchronize": None,
+        "empty_cache": None,
+        "_sleep": None,
+        "reset_peak_memory_stats": None,
+        "max_memory_reserved": 5 * 2**30,
+        "max_memory_allocated": 4 * 2**30,
+        "mem_get_info": (2**30, 10 * 2**30),
+        "get_device_name": "NVIDIA Imaginary",
+        "get_device_capability": (9, 0),
+    }
+    for name, value in told.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    properties = SimpleNamespace(total_memory=10 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda *_: properties)
+    return torch.device("cuda", 0)
+
+
+def test_the_devices_own_time_is_between_events(fake_gpu: torch.device) -> None:
+    clock, calls = Clock(fake_gpu), []
+    assert clock.device(lambda: calls.append(1), most=3, seconds=1.0, prepare=lambda: calls.append(0)) == 1.0
+    assert calls == [0, 1, 0, 1, 0, 1]
+    assert len(clock.laps(lambda: None, most=2, seconds=1.0)) == 2
+    assert Clock(torch.device("cpu")).device(lambda: None, most=3, seconds=1.0) is None
+
+
+def test_memory_is_what_was_taken_less_the_weights(fake_gpu: torch.device) -> None:
+    memory = Memory(fake_gpu)
+    memory.begin()
+    figure = memory.figure(2 * 2**30, 128)
+    assert (figure.value, figure.unit) == (3.0, "GiB")
+    assert figure.detail["device_used_bytes"] == 9 * 2**30
+    assert figure.detail["peak_in_use_bytes"] == 4 * 2**30
+
+
+def test_a_gpu_is_named(fake_gpu: torch.device) -> None:
+    facts = described(BenchOptions(shape="tiny"), fake_gpu, torch.bfloat16, "triton")
+    assert (facts["device"], facts["capability"], facts["memory_bytes"]) == ("NVIDIA Imaginary", [9, 0], 10 * 2**30)
+    assert json.loads(json.dumps(facts))["dtype"] == "bfloat16"
+
+
 def test_profile_adds_up() -> None:
     left = torch.ones(64, 64)
     rows = profile(torch.device("cpu"), lambda: left @ left + left)
-    *ops, everything, wall = rows
+    *ops, everything, busy, wall = rows
     assert {"aten::mm", "aten::add"} <= {row["name"] for row in ops}
     assert sum(float(row["milliseconds"] or 0) for row in ops) == pytest.approx(float(everything["milliseconds"] or 0))
     assert sum(float(row["share"] or 0) for row in ops) == pytest.approx(1)
-    assert float(wall["milliseconds"] or 0) > 0
+    assert 0 < float(busy["milliseconds"] or 0) <= float(wall["milliseconds"] or 0)
+
+
+def test_what_overlaps_is_counted_once() -> None:
+    assert union([]) == 0
+    assert union([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4
 
 
 def test_start_up_is_measured_in_processes_of_its_own() -> None:
