@@ -26,7 +26,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import errors
 from server.chat import ChatService
-from server.dialects import anthropic, completions, decisions, openai_chat, responses, tokens
+from server.dialects import anthropic, completions, decisions, editors, openai_chat, responses, tokens
 from server.dialects.response_store import ResponseStore
 from server.dialects.wire import Asked
 from server.errors import ApiError
@@ -76,6 +76,9 @@ def create_app(service: ChatService, settings: AppSettings) -> FastAPI:
     _add_reply_route(app, service, settings, "/v1/chat/completions", openai_chat.read)
     _add_reply_route(app, service, settings, "/v1/completions", completions.read)
     _add_reply_route(app, service, settings, "/v1/messages", anthropic.read)
+    for path in ("/v1/fim/completions", "/fim/completions"):
+        _add_reply_route(app, service, settings, path, editors.read_fim)
+    _add_reply_route(app, service, settings, "/infill", editors.read_llama)
     _add_responses(app, service, settings)
     _add_decisions(app, service, settings)
     for path, answer in (

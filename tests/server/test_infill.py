@@ -133,3 +133,54 @@ def test_what_is_refused(serve: Serve, fields: dict[str, Any], param: str) -> No
 
 def test_an_empty_suffix_is_none(serve: Serve) -> None:
     assert complete(serve(script("Hi")), suffix="").json()["choices"][0]["text"] == "Hi"
+
+
+def payloads(text: str) -> list[Any]:
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+
+
+def test_llama_cpp(serve: Serve) -> None:
+    client = serve(reader=filler("xyz"))
+    body = {
+        "input_extra": [{"filename": "a.py", "text": "import b"}],
+        "input_prefix": "def f(",
+        "prompt": "a",
+        "input_suffix": "):",
+        "n_predict": 8,
+        "top_k": 40,
+        "samplers": ["top_k", "infill"],
+        "cache_prompt": True,
+        "t_max_predict_ms": 500,
+        "stop": ["z"],
+    }
+    answer = client.request("POST", "/infill", json=body).json()
+    assert (answer["content"], answer["stop"], answer["stop_type"]) == ("xy", True, "word")
+    assert (answer["stopping_word"], answer["tokens_predicted"]) == ("z", 3)
+    assert client.engine.canvases[0].prompt_ids == (2, *ids_of("a.py\nimport b\ndef f(a"))
+    text = client.request("POST", "/infill", json={**body, "stream": True}).text
+    first, last = payloads(text)
+    assert (first["content"], first["stop"], last["content"], last["stop"]) == ("xy", False, "", True)
+    assert "[DONE]" not in text
+
+
+@pytest.mark.parametrize("bound", [-1, None])
+def test_llama_cpps_bounds(serve: Serve, bound: int | None) -> None:
+    client = serve(reader=filler("x"))
+    assert client.request("POST", "/infill", json={"n_predict": bound}).json()["content"] == "x"
+    nothing = client.request("POST", "/infill", json={"n_predict": 0, "input_prefix": "a"}).json()
+    assert (nothing["content"], nothing["stop_type"]) == ("", "limit")
+    assert client.request("POST", "/infill", json={"n_predict": -2}).status_code == 400
+    assert client.request("POST", "/infill", json={"input_prefix": 5}).status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/v1/fim/completions", "/fim/completions"])
+def test_continue(serve: Serve, path: str) -> None:
+    client = serve(reader=filler("xyz"))
+    body = {"model": "demo", "prompt": "a", "suffix": "b", "max_tokens": 20, "stop": ["\n\n"]}
+    answer = client.request("POST", path, json=body).json()
+    assert answer["choices"][0]["message"]["content"] == "xyz"
+    streamed = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    chunks = payloads(client.request("POST", path, json=streamed).text)
+    assert [part["delta"].get("content") for chunk in chunks for part in chunk["choices"]] == ["", "xyz", None]
+    assert chunks[-1]["usage"]["completion_tokens"] == 3
+    assert client.request("POST", path, json={"suffix": "b"}).status_code == 400
