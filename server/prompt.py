@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -263,6 +264,17 @@ class PromptRenderer:
         for piece, is_control in self.control.split(text):
             pieces += [piece[0], piece[1:]] if is_control else [piece]
         return [token for piece in pieces for token in self._tokenizer.encode(piece, add_special_tokens=False).ids]
+
+    def for_automaton(self) -> str:
+        """The tokenizer as JSON in which every id that is never shown as text is marked special."""
+        document: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        added = {entry["id"]: entry for entry in document["added_tokens"]}
+        for name, token_id in self._tokenizer.get_vocab().items():
+            if token_id in self.control.names or _NEVER_TEXT.fullmatch(name):
+                entry = {"id": token_id, "content": name, "single_word": False, "lstrip": False, "rstrip": False}
+                added[token_id] = {**added.get(token_id, entry), "normalized": False, "special": True}
+        document["added_tokens"] = [added[token_id] for token_id in sorted(added)]
+        return json.dumps(document)
 
     def detokenizer(self) -> Detokenizer:
         """A fresh detokenizer for one reply."""
