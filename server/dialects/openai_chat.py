@@ -12,7 +12,6 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.chat import Folded, FoldedChoice, Reply
 from server.dialects.chat_schema import (
     AssistantMessage,
     ChatRequest,
@@ -24,6 +23,7 @@ from server.dialects.chat_schema import (
 from server.dialects.history import History
 from server.errors import invalid
 from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta, FinishReason, Likelihood, ReplyDone, ToolCall
+from server.replies import Folded, FoldedChoice, Reply
 from server.sse import Framing
 
 Json = dict[str, Any]
@@ -73,7 +73,7 @@ def to_task(request: ChatRequest) -> ChatTask:
     )
 
 
-def body(reply: Reply, folded: Folded, *, named_tool: bool) -> Json:
+def body(reply: Reply, folded: Folded, *, named_tool: bool = False) -> Json:
     """The non-streamed answer."""
     return {
         "id": f"chatcmpl-{reply.id}",
@@ -89,7 +89,7 @@ def body(reply: Reply, folded: Folded, *, named_tool: bool) -> Json:
     }
 
 
-async def chunks(reply: Reply, *, include_usage: bool, named_tool: bool) -> AsyncGenerator[Json, None]:
+async def chunks(reply: Reply, *, include_usage: bool, named_tool: bool = False) -> AsyncGenerator[Json, None]:
     """The streamed answer: role chunks at once, then one chunk per finished canvas."""
     head: Json = {
         "id": f"chatcmpl-{reply.id}",
@@ -122,7 +122,7 @@ async def chunks(reply: Reply, *, include_usage: bool, named_tool: bool) -> Asyn
                 yield {**last, "easel": easel(item)}
 
 
-def _finish_reason(reason: FinishReason, named_tool: bool) -> FinishReason:
+def _finish_reason(reason: FinishReason, named_tool: bool = False) -> FinishReason:
     """OpenAI reports the call of a tool that the client itself named as a plain end."""
     return "stop" if named_tool and reason == "tool_calls" else reason
 
@@ -149,7 +149,7 @@ def _delta(delta: Delta) -> Json:
     return result
 
 
-def _choice(index: int, choice: FoldedChoice, *, asked: bool, named_tool: bool) -> Json:
+def _choice(index: int, choice: FoldedChoice, *, asked: bool, named_tool: bool = False) -> Json:
     message: Json = {
         "role": "assistant",
         "content": None if choice.tool_calls and not choice.content else choice.content,
