@@ -275,11 +275,11 @@ class _Reader:
     def _bare(self) -> Bare:
         """Unquoted text up to the bracket that closes, or the comma after which the next value begins."""
         if self._exact:  # it has neither
-            word = _WORD.match(self._text, self._at)
-            if word is None:
+            match = _WORD.match(self._text, self._at)
+            if match is None:
                 raise _Malformed
-            self._at = word.end()
-            return Bare(word[0])
+            self._at = match.end()
+            return Bare(match[0])
         closers = self._open[-1]
         openers = {"}": "{", "]": "[", ")": "("}
         nested: list[str] = []

@@ -122,7 +122,7 @@ async def chunks(reply: Reply, *, include_usage: bool, named_tool: bool = False)
                 yield {**last, "easel": easel(item)}
 
 
-def _finish_reason(reason: FinishReason, named_tool: bool = False) -> FinishReason:
+def _finish_reason(reason: FinishReason, named_tool: bool) -> FinishReason:
     """OpenAI reports the call of a tool that the client itself named as a plain end."""
     return "stop" if named_tool and reason == "tool_calls" else reason
 
@@ -149,7 +149,7 @@ def _delta(delta: Delta) -> Json:
     return result
 
 
-def _choice(index: int, choice: FoldedChoice, *, asked: bool, named_tool: bool = False) -> Json:
+def _choice(index: int, choice: FoldedChoice, *, asked: bool, named_tool: bool) -> Json:
     message: Json = {
         "role": "assistant",
         "content": None if choice.tool_calls and not choice.content else choice.content,
