@@ -102,6 +102,10 @@ class Constraint(Protocol):
         """Which ids may come next, eos ids included: bit i of 32-bit words in the machine's order, for all of the
         model's vocabulary. At least one is set."""
 
+    def closing(self) -> bytes:
+        """Those of the allowed ids that close something, so that the reply comes nearer to its end; all bits are 0 if
+        there are none."""
+
     def ends(self) -> tuple[int, ...]:
         """The eos ids that may come next, the most natural one first; none if the reply is not complete here."""
 
