@@ -29,6 +29,8 @@ OpensIn = Literal["content", "channel", "reasoning"]
 CHANNEL_OPEN = "<|channel>"
 CHANNEL_CLOSE = "<channel|>"
 TURN_OPEN = "<|turn>"
+TOOL_CALL_OPEN = "<|tool_call>"
+TOOL_CALL_CLOSE = "<tool_call|>"
 BOS = "<bos>"
 
 _MARKER_SHAPE = re.compile(r"<\|.+>|<.+\|>")  # Gemma's way of writing a control token
@@ -153,8 +155,13 @@ class PromptRenderer:
         tools: Iterable[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
         most: int | None = None,
+        *,
+        calls: Sequence[tuple[int, ...] | None] = (),
     ) -> Prompt:
         """Messages, tools and template options to ids. Raises ApiError (400) when the template cannot render them.
+
+        `calls`: for each tool call in the messages, the ids that the model wrote between its markers, None = unknown.
+        They stand for what the template makes of the call, if it puts every call between markers of its own.
 
         `most`: tokens that would be taken. PromptTooLong is raised where it is certain before tokenising that there
         are more; a few megabytes take seconds to tokenise.
@@ -162,8 +169,12 @@ class PromptRenderer:
         ids: list[int] = []
         pieces = list(self._rendered(messages, tools, options or {}))
         self._bound(sum(len(piece) for piece, _ in pieces), most)
-        for piece, is_control in pieces:
-            ids += [self.control.ids[piece]] if is_control else self.encode(piece)
+        for piece in _with_written_calls(pieces, calls):
+            if isinstance(piece, tuple):
+                text, is_control = piece
+                ids += [self.control.ids[text]] if is_control else self.encode(text)
+            else:
+                ids += piece.ids
         return Prompt(tuple(ids), self._opens_in(ids))
 
     def text(
@@ -358,6 +369,29 @@ def _text_before_calls(messages: Iterable[Mapping[str, Any]]) -> Iterator[Mappin
             yield {"role": message["role"], "content": "", "tool_calls": message["tool_calls"]}
         else:
             yield message
+
+
+@dataclass(frozen=True)
+class _Written:
+    """Ids that stand in a prompt as they are."""
+
+    ids: tuple[int, ...]
+
+
+def _with_written_calls(
+    pieces: Sequence[tuple[str, bool]], calls: Sequence[tuple[int, ...] | None]
+) -> Iterator[tuple[str, bool] | _Written]:
+    """The pieces, and between call markers what the model wrote there, where that is known."""
+    opened = sum(piece == (TOOL_CALL_OPEN, True) for piece in pieces)
+    left = iter(calls if opened == len(calls) else ())
+    written: tuple[int, ...] | None = None
+    for piece in pieces:
+        if piece == (TOOL_CALL_CLOSE, True):
+            written = None
+        if written is None:
+            yield piece
+        if piece == (TOOL_CALL_OPEN, True) and (written := next(left, None)) is not None:
+            yield _Written(written)
 
 
 def _new_byte_decoder() -> codecs.IncrementalDecoder:
