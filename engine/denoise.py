@@ -192,6 +192,18 @@ class Denoiser:
         if self._soft is not None:
             self._soft[where] = self._model.embed(ids)
 
+    def move(self, canvas: Canvas, source: int, target: int) -> None:
+        """Let what stands from `source` on stand from `target` on instead; where nothing moves to is noise again."""
+        slot = canvas.slot
+        come_from = torch.arange(target, self._canvas_length, device=self._device) + (source - target)
+        known = come_from < self._canvas_length
+        come_from.clamp_(max=self._canvas_length - 1)
+        noise = self._noise_ids[slot, canvas.passes, target:]
+        self._ids[slot, target:] = torch.where(known, self._ids[slot, come_from], noise)
+        self._best[slot, target:] = torch.where(known, self._best[slot, come_from], -1)
+        if self._soft is not None:
+            self._soft[slot, target:] = self._soft[slot, come_from] * known[:, None]
+
     @property
     def canvas_length(self) -> int:
         """Positions of a canvas."""
@@ -220,13 +232,19 @@ class Denoiser:
         """
         assert self._logits is not None, "there was a pass with a guided canvas"
         row = self._logits[self._rows[canvas.slot], position].float()
+        if canvas.biased:
+            cap = self._model.softcap
+            row = row.div(cap).tanh().mul(cap) + self._bias.rows(torch.tensor([canvas.slot], device=self._device))[0]
         words = torch.frombuffer(bytearray(allowed), dtype=torch.int32).to(self._device)
         ids = torch.arange(self._vocab_size, device=self._device)
         banned = (words[ids >> 5] >> (ids & 31)) & 1 == 0
+        row.clamp_(min=torch.finfo(row.dtype).min)  # a request may ban what the constraint demands: that wins
         return int(row.masked_fill(banned, -torch.inf).argmax())
 
     def logprobs(self, canvas: Canvas) -> tuple[TokenLogprobs, ...]:
         """How likely the last pass found the ids of a canvas that asked and is done, and the likeliest, C entries."""
+        if canvas.steps == 0:  # pinned whole without one
+            return (TokenLogprobs(0.0, ()),) * len(canvas.result)
         assert self._logits is not None and canvas.logprobs is not None, "there was a pass, and the canvas asked"
         found = log_probabilities(self._logits[self._rows[canvas.slot]], self._model.softcap)
         ids = torch.tensor(canvas.result, device=self._device)

@@ -26,16 +26,17 @@ from engine.canvas import Canvas
 from engine.check_request import check_request
 from engine.checkpoint import Checkpoint, plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
+from engine.constrain import Guide
 from engine.denoise import Denoiser, Model
 from engine.formats import choose
 from engine.interface import (
     CanvasRequest,
+    ConstraintError,
     EngineError,
     EngineInfo,
     EngineOptions,
     EngineStats,
     Event,
-    GenerationRequest,
     Request,
 )
 from engine.kv_cache import KVCache, KVPool
@@ -253,37 +254,61 @@ class DiffusionEngine:
         seats = self._seating.seats
         try:
             canvases = [self._open_canvas(slot) for slot in ready]
-            self._denoiser.step(
-                canvases,
-                [seats[slot.index].cache for slot in ready],
-                [(chunk.token_ids, seats[chunk.slot].cache) for chunk in chunks],
-            )
+            # what a constraint leaves no choice about needs no pass
+            running = [(slot, canvas) for slot, canvas in zip(ready, canvases, strict=True) if canvas.state == "open"]
+            if running or chunks:
+                self._denoiser.step(
+                    [canvas for _, canvas in running],
+                    [seats[slot.index].cache for slot, _ in running],
+                    [(chunk.token_ids, seats[chunk.slot].cache) for chunk in chunks],
+                )
         except Exception as error:
             self._contain(error, chunks, ready)
             return
         self._seating.committed(chunks)
-        for slot, canvas in zip(ready, canvases, strict=True):
+        for slot, canvas in running:
             self._scheduler.passed(slot, redrawn=canvas.just_redrawn)
-            self._settle(slot, canvas)
+            self._follow(slot, canvas)
+        for slot, canvas in zip(ready, canvases, strict=True):
+            if slot.reply is not None:  # its constraint did not fail
+                self._settle(slot, canvas)
 
     def _open_canvas(self, slot: Slot) -> Canvas:
         """The slot's canvas; a new one if its last is done."""
         seat, reply = self._seating.seats[slot.index], slot.reply
         assert reply is not None, f"slot {slot.index} is ready but empty"
         request = reply.request
-        if seat.canvas is None and isinstance(request, CanvasRequest):
+        if seat.canvas is not None:
+            return seat.canvas
+        if isinstance(request, CanvasRequest):
             seat.canvas = held_canvas.open_held(self._denoiser, slot.index, request)
-        elif seat.canvas is None:
-            assert isinstance(request, GenerationRequest)
-            seat.canvas = self._denoiser.open(
-                slot.index,
-                request.sampling,
-                index=reply.canvases,
-                schedule=request.schedule,
-                logprobs=request.logprobs,
-                said=Counter(reply.said),
-            )
+            return seat.canvas
+        if request.constraint is not None and seat.guide is None:
+            seat.guide = Guide(request.constraint, self._denoiser)
+        seat.canvas = self._denoiser.open(
+            slot.index,
+            request.sampling,
+            index=reply.canvases,
+            schedule=request.schedule,
+            logprobs=request.logprobs,
+            said=Counter(reply.said),
+            guided=seat.guide is not None,
+        )
+        if seat.guide is not None:
+            seat.guide.begin(seat.canvas)
         return seat.canvas
+
+    def _follow(self, slot: Slot, canvas: Canvas) -> None:
+        """Keep a constrained canvas to its constraint; end the reply if that cannot go on."""
+        guide = self._seating.seats[slot.index].guide
+        if guide is None or canvas.state != "open":
+            return
+        try:
+            guide.follow(canvas)
+        except ConstraintError as error:
+            logger.error("a constraint failed", exc_info=error)
+            self._scheduler.fail(slot, "error", str(error))
+            self._seating.vacate(slot)
 
     def _settle(self, slot: Slot, canvas: Canvas) -> None:
         """Deliver a canvas that is done; end the reply of one that cannot be; leave an open one alone."""

@@ -6,7 +6,7 @@ the server speaks text, never tensors. Invariant: every accepted request ends in
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -28,6 +28,10 @@ class RequestTooLong(EngineError):
         super().__init__(f"prompt of {prompt_tokens} tokens does not fit a context of {context_length} tokens")
         self.prompt_tokens = prompt_tokens
         self.context_length = context_length
+
+
+class ConstraintError(EngineError):
+    """A constraint cannot go on: its automaton met a limit of its own, or allows nothing at all."""
 
 
 class QueueFull(EngineError):
@@ -68,6 +72,35 @@ MAX_DENOISING_STEPS = 256
 MAX_LOGPROBS = 20
 
 
+class Constraint(Protocol):
+    """Which replies are allowed: an automaton over token ids that stands somewhere in its reply.
+
+    It belongs to one request and moves on the engine's thread only. Eos ids end a reply and are not part of it: the
+    automaton is never moved over one. Whatever it allows to begin can be brought to an end. Every method may raise
+    ConstraintError.
+    """
+
+    def advance(self, token_ids: Sequence[int]) -> int:
+        """Move on by ids as long as they are allowed; returns by how many."""
+
+    def rollback(self, count: int) -> None:
+        """Move back by so many of the ids it last moved on by."""
+
+    def forced(self) -> tuple[int, ...]:
+        """Ids that must come next; none where there is a choice, or where the reply may end. Does not move."""
+
+    def allowed(self) -> bytes:
+        """Which ids may come next, eos ids included: bit i of 32-bit words in the machine's order, for all of the
+        model's vocabulary. At least one is set."""
+
+    def ends(self) -> tuple[int, ...]:
+        """The eos ids that may come next, the most natural one first; none if the reply is not complete here."""
+
+    @property
+    def must_end(self) -> bool:
+        """True where the reply is complete and nothing may follow. It may also be False there: then `allowed` tells."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """One reply to generate. `max_tokens` counts reply tokens, the eos token included."""
@@ -78,6 +111,7 @@ class GenerationRequest:
     sampling: Sampling
     schedule: Schedule = field(default_factory=Schedule)
     logprobs: int | None = None  # how many likeliest ids to report at each position, 0..MAX_LOGPROBS; None = nothing
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

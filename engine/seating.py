@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.canvas import Canvas
+from engine.constrain import Guide
 from engine.interface import EngineStats, PoolStats
 from engine.kv_cache import KVCache
 from engine.pages import PAGE
@@ -25,6 +26,7 @@ class Seat:
 
     cache: KVCache
     canvas: Canvas | None = None
+    guide: Guide | None = None  # of a constrained reply, from its first canvas on
 
 
 class Seating:
@@ -72,6 +74,9 @@ class Seating:
         """Empty a slot's seat. Its pages stay of use to others, unless their contents are `suspect`."""
         seat = self.seats[slot.index]
         seat.canvas = None
+        if seat.guide is not None:
+            seat.guide.leave()
+            seat.guide = None
         if suspect:
             seat.cache.forget()
         else:

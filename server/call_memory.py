@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
+TOOL_CALL_OPEN = "<|tool_call>"
+TOOL_CALL_CLOSE = "<tool_call|>"
 Key = tuple[str, str, str]
+Piece = tuple[str, bool]  # of a rendered prompt: text, or the name of a control token
 MOST_IDS = 1_000_000  # token ids kept in all
 
 
@@ -74,6 +78,27 @@ class CallMemory:
             if key in self._kept:
                 self._kept.move_to_end(key)
             return self._kept.get(key)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Ids that stand in a prompt as they are."""
+
+    ids: tuple[int, ...]
+
+
+def with_written_calls(pieces: Sequence[Piece], calls: Sequence[tuple[int, ...] | None]) -> Iterator[Piece | Written]:
+    """The pieces, and between call markers what the model wrote there, where that is known."""
+    opened = sum(piece == (TOOL_CALL_OPEN, True) for piece in pieces)
+    left = iter(calls if opened == len(calls) else ())
+    written: tuple[int, ...] | None = None
+    for piece in pieces:
+        if piece == (TOOL_CALL_CLOSE, True):
+            written = None
+        if written is None:
+            yield piece
+        if piece == (TOOL_CALL_OPEN, True) and (written := next(left, None)) is not None:
+            yield Written(written)
 
 
 def _canonical(arguments: Any) -> str:

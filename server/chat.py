@@ -13,15 +13,17 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 
-from engine import CanvasDone, Event, Finished, GenerationRequest, QueueFull, RequestTooLong, Sampling
+from engine import CanvasDone, Constraint, Event, Finished, GenerationRequest, QueueFull, RequestTooLong, Sampling
 from server import errors, tool_schema
 from server.bridge import Bridge, EngineUnavailable
-from server.call_memory import CallMemory, CallSpans
+from server.call_memory import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, CallMemory, CallSpans
 from server.errors import ApiError
 from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta, FinishReason, ReplyDone, StreamItem, ToolCall
+from server.grammar import held, needs_grammar
 from server.likelihoods import Likelihoods
 from server.output_parser import OutputParser, Parsed, StopStrings
-from server.prompt import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, Marker, Prompt, PromptRenderer, PromptTooLong
+from server.prompt import Marker, Prompt, PromptRenderer, PromptTooLong
+from server.structure import Structures
 from server.tool_calls import new_call_id
 
 # Random seeds stay below 2**53 so that they survive JavaScript's numbers and can be sent back.
@@ -56,6 +58,8 @@ class ChatService:
             raise ValueError("a chat service needs at least one model name")
         self.bridge = bridge
         self.prompts = prompts
+        info = bridge.info
+        self._structures = Structures(prompts, vocab_size=info.vocab_size, eos_ids=info.eos_ids)
         self.model_names = tuple(dict.fromkeys(model_names))
         self._calls = CallMemory()
         self.loaded_at = int(time.time())
@@ -68,10 +72,14 @@ class ChatService:
         began = time.monotonic()
         if task.model is not None and task.model not in self.model_names:
             raise errors.unknown_model(task.model, self.model_names)
-        # Long prompts take a while to tokenise; other replies go on meanwhile.
+        # Long prompts take a while to tokenise, grammars to compile; other replies go on meanwhile.
         prompts = await asyncio.to_thread(self.render, task)
+        constraints = await asyncio.to_thread(self._constraints, task, prompts)
         seed = self._seed(task)
         requests = [request for prompt in prompts for request in self._engine_requests(task, prompt, seed)]
+        requests = [
+            replace(request, constraint=constraint) for request, constraint in zip(requests, constraints, strict=True)
+        ]
         reply_id = secrets.token_hex(12)
         requests = [replace(request, id=f"{reply_id}/{index}") for index, request in enumerate(requests)]
         async with AsyncExitStack() as stack:
@@ -113,6 +121,10 @@ class ChatService:
             return [self.prompts.render(task.messages, tools, task.template_options, most, calls=written)]
         except PromptTooLong as error:
             raise self._too_long(task, error.tokens, most, exact=False) from error
+
+    def _constraints(self, task: ChatTask, prompts: Sequence[Prompt]) -> list[Constraint | None]:
+        """One for each choice of each prompt: each stands somewhere else in its reply."""
+        return [self._structures.constraint(task, prompt.opens_in) for prompt in prompts for _ in range(task.choices)]
 
     @staticmethod
     def _seed(task: ChatTask) -> int:
@@ -167,11 +179,13 @@ class _Choice:
     def __init__(self, index: int, task: ChatTask, prompt: Prompt, prompts: PromptRenderer, memory: CallMemory) -> None:
         self.index = index
         self._detokenizer = prompts.detokenizer()
-        tools = tool_schema.parameters(task.tools) if task.tools else None
-        self.parser = OutputParser(prompt.opens_in, tools=tools, raw=bool(task.prompts))
+        self.parser = OutputParser(
+            prompt.opens_in, tools=_read_by(task), raw=bool(task.prompts), exact=needs_grammar(task)
+        )
         self.echo = _written(task, index, prompts) if task.echo else ""
         self._stop = StopStrings(task.stop)
         self._most_calls = None if task.parallel_tool_calls else 1
+        self._named_tool = task.named_tool
         self._calls = 0
         self._likelihoods = None if task.logprobs is None else Likelihoods(prompts)
         self._memory = memory
@@ -232,7 +246,8 @@ class _Choice:
         # A cut call must stay visible as "length", also when an earlier call is complete.
         if finished.reason == "length" and not self.satisfied:
             return "length"
-        return "tool_calls" if self._calls else "stop"
+        # OpenAI reports a call the client itself named as a plain end.
+        return "tool_calls" if self._calls and not self._named_tool else "stop"
 
     def _delta(self, parsed: Parsed, *, last: bool = False) -> Delta | None:
         content = self._stop.push(parsed.content)
@@ -256,6 +271,17 @@ class _Choice:
             tool_calls=numbered,
             logprobs=() if self._likelihoods is None else self._likelihoods.take(len(content)),
         )
+
+
+def _read_by(task: ChatTask) -> dict[str, tool_schema.Json] | None:
+    """The schemas to read calls by. What is held to its schema says exactly what it means: nothing is to be guessed."""
+    if not task.tools:
+        return None
+    declared = tool_schema.parameters(task.tools)
+    if not needs_grammar(task):
+        return declared
+    functions = [tool["function"] for tool in task.tools]
+    return {each["name"]: {} if held(task, each) else declared[each["name"]] for each in functions}
 
 
 def _written(task: ChatTask, index: int, prompts: PromptRenderer) -> str:

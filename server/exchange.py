@@ -17,6 +17,16 @@ from engine import Schedule
 FinishReason = Literal["stop", "length", "tool_calls"]
 
 
+@dataclass(frozen=True)
+class Structure:
+    """The form that the content of a reply must have. `value` is a JSON schema, a regular expression, a tuple of
+    texts to choose from, or a grammar in Lark's or llama.cpp's (GBNF) syntax; `param` is the field it came in."""
+
+    kind: Literal["json", "regex", "choice", "lark", "gbnf"]
+    value: Any
+    param: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class ChatTask:
     """One request for text, checked and free of wire detail.
@@ -47,6 +57,14 @@ class ChatTask:
     stop: tuple[str, ...] = ()
     choices: int = 1  # per prompt
     parallel_tool_calls: bool = True
+    structure: Structure | None = None
+    must_call: bool = False  # the reply is one or more calls
+    callable: tuple[str, ...] | None = None  # names of the tools that may be called; None: all of them
+
+    @property
+    def named_tool(self) -> bool:
+        """Whether the client named the one tool to be called."""
+        return self.must_call and self.callable is not None and len(self.callable) == 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from server.call_memory import TOOL_CALL_CLOSE, TOOL_CALL_OPEN
 from server.prompt import (
     CHANNEL_CLOSE,
     CHANNEL_OPEN,
-    TOOL_CALL_CLOSE,
-    TOOL_CALL_OPEN,
     TURN_OPEN,
     Marker,
     OpensIn,
@@ -45,11 +44,17 @@ class OutputParser:
     """Parser state of one reply.
 
     `tools` are the declared argument schemas by name; None: the client expects no call, so one is shown as plain
-    text. `raw`: no chat, so nothing but content is told apart.
+    text. `raw`: no chat, so nothing but content is told apart. `exact`: the reply is written under a grammar, so a
+    thought or a call is one with its markers only.
     """
 
     def __init__(
-        self, opens_in: OpensIn = "content", *, tools: Mapping[str, Json] | None = None, raw: bool = False
+        self,
+        opens_in: OpensIn = "content",
+        *,
+        tools: Mapping[str, Json] | None = None,
+        raw: bool = False,
+        exact: bool = False,
     ) -> None:
         # "opening": content of which nothing has been shown yet; it may turn out to be a call without its marker.
         # "bare": such a call. It has no closing marker either, so what follows it waits for the next one.
@@ -57,8 +62,12 @@ class OutputParser:
         self._state = "content" if raw else "opening" if opens_in == "content" else opens_in
         self._tools = tools
         self._raw = raw
-        self._heads = () if tools is None else tuple(f"call:{name}{bracket}" for name in tools for bracket in "{(")
-        self._first = opens_in == "content"  # the reply's first text: the marker before a thought may be missing
+        self._exact = exact
+        declared = () if tools is None or exact else tools
+        self._heads = tuple(f"call:{name}{bracket}" for name in declared for bracket in "{(")
+        self._first = (
+            opens_in == "content" and not exact
+        )  # the reply's first text: the marker before a thought may be missing
         self._after_call = False
         self._held = ""  # text that may still turn out to be something else
         self._call: list[str] = []  # text of the open call, the quote token as QUOTE_SIGN
@@ -205,7 +214,7 @@ class OutputParser:
             if bare:
                 calls, rest = parse_leading_calls(text, self._tools)
             else:
-                calls = parse_calls(text, self._tools)
+                calls = parse_calls(text, self._tools, exact=self._exact)
                 rest = "" if calls else text
         self._out.calls += calls
         self.calls += len(calls)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import codecs
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from typing import Any, Literal, Protocol
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
+from server.call_memory import Written, with_written_calls
 from server.errors import invalid
 
 OpensIn = Literal["content", "channel", "reasoning"]
@@ -29,8 +31,6 @@ OpensIn = Literal["content", "channel", "reasoning"]
 CHANNEL_OPEN = "<|channel>"
 CHANNEL_CLOSE = "<channel|>"
 TURN_OPEN = "<|turn>"
-TOOL_CALL_OPEN = "<|tool_call>"
-TOOL_CALL_CLOSE = "<tool_call|>"
 BOS = "<bos>"
 
 _MARKER_SHAPE = re.compile(r"<\|.+>|<.+\|>")  # Gemma's way of writing a control token
@@ -169,12 +169,12 @@ class PromptRenderer:
         ids: list[int] = []
         pieces = list(self._rendered(messages, tools, options or {}))
         self._bound(sum(len(piece) for piece, _ in pieces), most)
-        for piece in _with_written_calls(pieces, calls):
-            if isinstance(piece, tuple):
+        for piece in with_written_calls(pieces, calls):
+            if isinstance(piece, Written):
+                ids += piece.ids
+            else:
                 text, is_control = piece
                 ids += [self.control.ids[text]] if is_control else self.encode(text)
-            else:
-                ids += piece.ids
         return Prompt(tuple(ids), self._opens_in(ids))
 
     def text(
@@ -275,6 +275,17 @@ class PromptRenderer:
             pieces += [piece[0], piece[1:]] if is_control else [piece]
         return [token for piece in pieces for token in self._tokenizer.encode(piece, add_special_tokens=False).ids]
 
+    def for_automaton(self) -> str:
+        """The tokenizer as JSON in which every id that is never shown as text is marked special."""
+        document: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        added = {entry["id"]: entry for entry in document["added_tokens"]}
+        for name, token_id in self._tokenizer.get_vocab().items():
+            if token_id in self.control.names or _NEVER_TEXT.fullmatch(name):
+                entry = {"id": token_id, "content": name, "single_word": False, "lstrip": False, "rstrip": False}
+                added[token_id] = {**added.get(token_id, entry), "normalized": False, "special": True}
+        document["added_tokens"] = [added[token_id] for token_id in sorted(added)]
+        return json.dumps(document)
+
     def detokenizer(self) -> Detokenizer:
         """A fresh detokenizer for one reply."""
         return Detokenizer(self._tokenizer, self.control)
@@ -369,29 +380,6 @@ def _text_before_calls(messages: Iterable[Mapping[str, Any]]) -> Iterator[Mappin
             yield {"role": message["role"], "content": "", "tool_calls": message["tool_calls"]}
         else:
             yield message
-
-
-@dataclass(frozen=True)
-class _Written:
-    """Ids that stand in a prompt as they are."""
-
-    ids: tuple[int, ...]
-
-
-def _with_written_calls(
-    pieces: Sequence[tuple[str, bool]], calls: Sequence[tuple[int, ...] | None]
-) -> Iterator[tuple[str, bool] | _Written]:
-    """The pieces, and between call markers what the model wrote there, where that is known."""
-    opened = sum(piece == (TOOL_CALL_OPEN, True) for piece in pieces)
-    left = iter(calls if opened == len(calls) else ())
-    written: tuple[int, ...] | None = None
-    for piece in pieces:
-        if piece == (TOOL_CALL_CLOSE, True):
-            written = None
-        if written is None:
-            yield piece
-        if piece == (TOOL_CALL_OPEN, True) and (written := next(left, None)) is not None:
-            yield _Written(written)
 
 
 def _new_byte_decoder() -> codecs.IncrementalDecoder:

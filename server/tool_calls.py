@@ -56,13 +56,14 @@ def shown(text: str) -> str:
     return text.replace(QUOTE_SIGN, '"')
 
 
-def parse_calls(text: str, tools: Mapping[str, Json]) -> list[ParsedCall]:
+def parse_calls(text: str, tools: Mapping[str, Json], *, exact: bool = False) -> list[ParsedCall]:
     """Read what stands between the call markers; `tools` are the declared schemas by name.
 
-    Empty when any of it is not a call: then all of it is text.
+    Empty when any of it is not a call: then all of it is text. `exact`: it was written under a grammar, so that it is
+    one whatever it looks like; of a key that comes twice the last counts.
     """
     try:
-        calls, end = _Reader(text, tools).calls()
+        calls, end = _Reader(text, tools, repeats=exact).calls()
     except _Malformed:
         return _json_calls(text, tools)
     return calls if end == len(text) else []
@@ -103,9 +104,10 @@ def _json_calls(text: str, tools: Mapping[str, Json]) -> list[ParsedCall]:
 class _Reader:
     """Recursive descent over the text of one or more calls."""
 
-    def __init__(self, text: str, tools: Mapping[str, Json]) -> None:
+    def __init__(self, text: str, tools: Mapping[str, Json], *, repeats: bool = False) -> None:
         self._text = text
         self._tools = tools
+        self._repeats = repeats  # a key may come twice; otherwise that is a sign of text read wrongly
         self._at = 0
         self._open: list[str] = []  # what may close each open bracket, outermost first
         self._keys: frozenset[str] = frozenset()  # declared arguments of the call being read
@@ -140,7 +142,7 @@ class _Reader:
         result: Json = {}
         while not self._closed(closers):
             key = self._key()
-            if key in result:
+            if key in result and not self._repeats:
                 raise _Malformed
             result[key] = self._value()
             self._comma(closers)

@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import attention, experts, linears, norms, routing
+from engine.kernels import attention, experts, linears, norms, output, routing
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import SHARED_LIMIT
 
@@ -30,6 +30,7 @@ MODULES: tuple[Callable[[], list[KernelCase]], ...] = (
     linears.cases,
     attention.cases,
     norms.cases,
+    output.cases,
 )
 CHIPS = tuple(SHARED_LIMIT)
 

@@ -17,7 +17,6 @@ from engine.kernels.grouped import (
     FORMATS,
     ROW_TILES,
     Rows,
-    Stored,
     launch_gated,
     launch_matmul,
     matmul_cases,
@@ -25,7 +24,7 @@ from engine.kernels.grouped import (
     stored,
 )
 from engine.kernels.routing import schedule
-from engine.kernels.tiles import halved, rounded, widened
+from engine.kernels.tiles import ordered, rounded, widened
 from engine.kernels.weights import Weight
 
 SUM_COLUMNS = 1024  # 2816 is 2.75 of these: enough programs at 256 rows, 8 loads of 16 bytes in flight a lane
@@ -64,20 +63,12 @@ def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Weight, down: W
     )
     hidden = x.new_empty(rows * active, second.width)
     parts = x.new_empty(rows * active, second.out)
-    launch_gated(_ordered(x, first), first, tiles, hidden, bm, active=active, halve=_is_4bit(second))
+    launch_gated(ordered(x, first.form), first, tiles, hidden, bm, active=active, following=second.form)
     launch_matmul(hidden, second, tiles, parts, bm)
     out = torch.empty_like(x)
     grid = (rows, triton.cdiv(second.out, SUM_COLUMNS))
     sum_kernel[grid](parts, weights, out, second.out, A=active, LANES=SUM_COLUMNS, num_warps=4)
     return out
-
-
-def _is_4bit(weight: Stored) -> bool:
-    return weight.form in ("nvfp4", "int4")
-
-
-def _ordered(x: Tensor, weight: Stored) -> Tensor:
-    return halved(x) if _is_4bit(weight) else x
 
 
 def cases() -> list[KernelCase]:

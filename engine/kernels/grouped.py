@@ -19,15 +19,16 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
-from engine.kernels.tiles import accumulate, gelu_tanh, load_x, rounded, row_factor
-from engine.kernels.weights import INT4_GROUP, NVFP4_GROUP, Fp8Weight, Int4Weight, Nvfp4Weight, Weight, shape
+from engine.kernels.tiles import WORD_HALF, accumulate, gelu_tanh, rounded, row_factor, x_tile
+from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, Weight, shape
 
 FORMATS = ("plain", "fp8", "nvfp4", "int4")
 # What one program should need: two fit a multiprocessor of 227 KiB, so that one computes while the other waits.
 SHARED_AIM = 98304
 ROW_TILES = (32, 64, 128)  # 16 would suit only fewer rows than a canvas has, and gain little there
 BITS = {"plain": 16, "fp8": 8, "nvfp4": 4, "int4": 4}
-GROUP = {"nvfp4": NVFP4_GROUP, "int4": INT4_GROUP}
+FOUR_BIT = ("nvfp4", "int4")
+SCALE_COLUMNS = 64  # of a 4-bit weight, whose scales fill a word of 32 bits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,7 @@ def tiling(form: str, bm: int, *, gated: bool) -> Tiling:
     of DRAM needs. Four warps have too few registers for the sums of 128 rows, and for those of 64 beside decoded
     weights.
     """
-    bn, bk = (64 if gated else 128), (64 if form == "plain" or bm > 32 else 128)
+    bn, bk = (64 if gated else 128), (128 if form == "fp8" and bm <= 32 else 64)
     matrices = 2 if gated else 1
     stage = (
         matrices * bn * bk * BITS[form] // 8
@@ -93,21 +94,25 @@ class Stored:
 
 
 def stored(weight: Weight) -> Stored:
-    """weight [out, in] or [E, out, in], contiguous; bytes are handed over as uint8. ValueError if `in` of a 4-bit
-    weight does not divide by its group."""
+    """weight [out, in] or [E, out, in], contiguous; bytes are handed over as uint8, 4-bit formats' scales as int32.
+    ValueError if `in` of a 4-bit weight does not divide by SCALE_COLUMNS."""
+    *stack, out, width = shape(weight)
     match weight:
         case Tensor():
             form, values, scale, row_scale = "plain", weight, weight, weight
         case Fp8Weight(values, row_scale):
-            form, values = "fp8", values.view(torch.uint8)
+            if width % 4:
+                raise ValueError(f"an fp8 weight of {width} columns does not divide by 4")
+            form, values = "fp8", values.view(torch.int32)
             scale = values
         case Nvfp4Weight(values, scale, row_scale):
-            form, scale = "nvfp4", scale.view(torch.uint8)
+            form = "nvfp4"
         case Int4Weight(values, scale):
-            form, row_scale = "int4", values
-    *stack, out, width = shape(weight)
-    if form in GROUP and scale.shape[-1] * GROUP[form] != width:
-        raise ValueError(f"a {form} weight of {width} columns does not divide into groups of {GROUP[form]}")
+            form, row_scale = "int4", values.view(torch.int32)
+    if form in FOUR_BIT:
+        if width % SCALE_COLUMNS:
+            raise ValueError(f"a {form} weight of {width} columns does not divide by {SCALE_COLUMNS}")
+        values, scale = values.view(torch.int32), scale.view(torch.int32)
     experts = stack[0] if stack else 1
     return Stored(form=form, values=values, scale=scale, row_scale=row_scale, out=out, width=width, experts=experts)
 
@@ -134,7 +139,7 @@ def _tile_rows(order, expert, start, rows, count, BM: tl.constexpr, ROUTED: tl.c
 @triton.jit
 def gated_kernel(
     x, weight, scale, row_scale, order, expert, start, rows, hidden, count, width, K,
-    A: tl.constexpr, FORMAT: tl.constexpr, HALVED: tl.constexpr, ROUTED: tl.constexpr, EVEN_K: tl.constexpr,
+    A: tl.constexpr, FORMAT: tl.constexpr, HALF: tl.constexpr, ROUTED: tl.constexpr, EVEN_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """hidden[position] = gelu_tanh(gate(x[row])) * up(x[row]); weight [E, 2 * width, K], gate rows first."""
@@ -148,14 +153,13 @@ def gated_kernel(
     gate = tl.zeros((BN, BM), tl.float32)
     up = tl.zeros((BN, BM), tl.float32)
     for k in range(0, K, BK):
-        x0, x1 = load_x(x, choice // A, k, K, FORMAT, BK, EVEN_K)
-        gate = accumulate(gate, x0, x1, weight, scale, gate_rows, k, K, FORMAT, BK, EVEN_K)
-        up = accumulate(up, x0, x1, weight, scale, up_rows, k, K, FORMAT, BK, EVEN_K)
+        tile = x_tile(x, choice // A, k, K, BK, EVEN_K)
+        gate = accumulate(gate, tile, weight, scale, gate_rows, k, K, FORMAT, BK, EVEN_K)
+        up = accumulate(up, tile, weight, scale, up_rows, k, K, FORMAT, BK, EVEN_K)
     gate *= row_factor(row_scale, gate_rows, FORMAT)
     up *= row_factor(row_scale, up_rows, FORMAT)
-    column = n
-    if HALVED:
-        column = (n % 2) * (width // 2) + n // 2
+    within = n % (2 * HALF)  # as `ordered` would put it for the next matmul
+    column = n - within + within % HALF * 2 + within // HALF
     out = hidden + position[None, :] * width + column[:, None]
     tl.store(out, rounded(gelu_tanh(gate) * up, hidden.dtype.element_ty), mask=live[None, :] & (n < width)[:, None])
 
@@ -175,8 +179,8 @@ def matmul_kernel(
     weight_rows = matrix * width + tl.minimum(n, width - 1)
     acc = tl.zeros((BN, BM), tl.float32)
     for k in range(0, K, BK):
-        x0, x1 = load_x(x, position, k, K, FORMAT, BK, EVEN_K)
-        acc = accumulate(acc, x0, x1, weight, scale, weight_rows, k, K, FORMAT, BK, EVEN_K)
+        tile = x_tile(x, position, k, K, BK, EVEN_K)
+        acc = accumulate(acc, tile, weight, scale, weight_rows, k, K, FORMAT, BK, EVEN_K)
     acc *= row_factor(row_scale, weight_rows, FORMAT)
     pointers = out + choice[None, :] * width + n[:, None]
     tl.store(pointers, rounded(acc, out.dtype.element_ty), mask=live[None, :] & (n < width)[:, None])
@@ -201,20 +205,24 @@ def consecutive(x: Tensor, bm: int) -> Rows:
     return Rows(order=x, expert=x, start=x, rows=x, count=count, tiles=triton.cdiv(count, bm), routed=False)
 
 
-def launch_gated(x: Tensor, weight: Stored, rows: Rows, hidden: Tensor, bm: int, *, active: int, halve: bool) -> None:
-    """x [R, K] (halved if the format wants it), hidden [positions, width]; `active` choices are made by a row."""
+def launch_gated(
+    x: Tensor, weight: Stored, rows: Rows, hidden: Tensor, bm: int, *, active: int, following: str
+) -> None:
+    """x [R, K] `ordered` for the weight, hidden [positions, width], ordered for one of format `following`; `active`
+    choices are made by a row."""
     tile = tiling(weight.form, bm, gated=True)
     width = weight.out // 2
     gated_kernel[(rows.tiles, triton.cdiv(width, tile.BN))](
         x, weight.values, weight.scale, weight.row_scale, rows.order, rows.expert, rows.start, rows.rows, hidden,
         rows.count, width, weight.width,
-        A=active, FORMAT=weight.form, HALVED=halve, ROUTED=rows.routed, EVEN_K=tile.divides(weight.form, weight.width),
+        A=active, FORMAT=weight.form, HALF=WORD_HALF[following], ROUTED=rows.routed,
+        EVEN_K=tile.divides(weight.form, weight.width),
         **tile.constants, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def launch_matmul(x: Tensor, weight: Stored, rows: Rows, out: Tensor, bm: int) -> None:
-    """x [positions, K] (halved if the format wants it), out [choices, width]."""
+    """x [positions, K] `ordered` for the weight, out [choices, width]."""
     tile = tiling(weight.form, bm, gated=False)
     matmul_kernel[(rows.tiles, triton.cdiv(weight.out, tile.BN))](
         x, weight.values, weight.scale, weight.row_scale, rows.order, rows.expert, rows.start, rows.rows, out,
@@ -226,9 +234,9 @@ def launch_matmul(x: Tensor, weight: Stored, rows: Rows, out: Tensor, bm: int) -
 
 POINTERS: Mapping[str, Mapping[str, str]] = {
     "plain": {"weight": "*bf16:16", "scale": "*bf16:16", "row_scale": "*bf16:16"},
-    "fp8": {"weight": "*u8:16", "scale": "*u8:16", "row_scale": "*fp32:16"},
-    "nvfp4": {"weight": "*u8:16", "scale": "*u8:16", "row_scale": "*fp32:16"},
-    "int4": {"weight": "*u8:16", "scale": "*bf16:16", "row_scale": "*u8:16"},
+    "fp8": {"weight": "*i32:16", "scale": "*i32:16", "row_scale": "*fp32:16"},
+    "nvfp4": {"weight": "*i32:16", "scale": "*i32:16", "row_scale": "*fp32:16"},
+    "int4": {"weight": "*i32:16", "scale": "*i32:16", "row_scale": "*i32:16"},
 }
 
 
@@ -245,7 +253,7 @@ def matmul_cases(form: str, width: int, row_tiles: Sequence[int], *, gated: bool
             **tile.constants,
         }
         if gated:
-            constants |= {"A": 8 if routed else 1, "HALVED": form in ("nvfp4", "int4")}
+            constants |= {"A": 8 if routed else 1, "HALF": WORD_HALF[form]}
         found.append(
             KernelCase(
                 name=f"{'experts' if routed else 'linear'}_{'gated' if gated else 'matmul'}"

@@ -23,7 +23,7 @@ from engine.kernels.grouped import (
     matmul_cases,
     stored,
 )
-from engine.kernels.tiles import gelu_tanh, halved, rounded, widened
+from engine.kernels.tiles import gelu_tanh, ordered, rounded, widened
 from engine.kernels.weights import Weight
 
 GEGLU_COLUMNS = 1024
@@ -46,7 +46,7 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
     matrix = stored(weight)
-    return _matmul(halved(x) if matrix.form != "fp8" else x, matrix)
+    return _matmul(ordered(x, matrix.form), matrix)
 
 
 def gated_mlp(x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
@@ -55,18 +55,18 @@ def gated_mlp(x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
         hidden = _geglu(F.linear(x, gate_up))
         return linear(hidden, down)
     first = stored(gate_up)
-    halve = not isinstance(down, Tensor) and stored(down).form != "fp8"
+    following = "plain" if isinstance(down, Tensor) else stored(down).form
     bm = _row_tile(x.shape[0])
     hidden = x.new_empty(x.shape[0], first.out // 2)
-    ordered = halved(x) if first.form != "fp8" else x
-    launch_gated(ordered, first, consecutive(x, bm), hidden, bm, active=1, halve=halve)
+    launch_gated(ordered(x, first.form), first, consecutive(x, bm), hidden, bm, active=1, following=following)
     return F.linear(hidden, down) if isinstance(down, Tensor) else _matmul(hidden, stored(down))
 
 
-def _matmul(ordered: Tensor, weight: Stored) -> Tensor:
-    bm = _row_tile(ordered.shape[0])
-    out = ordered.new_empty(ordered.shape[0], weight.out)
-    launch_matmul(ordered, weight, consecutive(ordered, bm), out, bm)
+def _matmul(x: Tensor, weight: Stored) -> Tensor:
+    """x is `ordered` for the weight."""
+    bm = _row_tile(x.shape[0])
+    out = x.new_empty(x.shape[0], weight.out)
+    launch_matmul(x, weight, consecutive(x, bm), out, bm)
     return out
 
 

@@ -8,28 +8,31 @@ Weights are the first operand and rows of x the second: so the wide side of a ma
 are many, and the narrow side holds the few rows an expert has; and Hopper's instruction takes a first operand straight
 from registers, which is where decoding leaves it.
 
-Invariant: a byte of a 4-bit format holds columns 2i (low) and 2i + 1 (high). They are never interleaved again: the
-product is even columns times even weights plus odd times odd, so x comes as `halved`: all even columns, then all odd.
+Invariant: a word of 32 bits is decoded into pairs of values that lie 16 bits apart in it, and pairs stay together. The
+product does not care about the order of columns, so x comes `ordered` the same way instead.
 """
 
 from __future__ import annotations
 
 import os
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 # Triton's interpreter keeps bfloat16 as raw 16-bit integers, multiplies those, truncates where a GPU rounds and spoils
 # zeros; and it runs no PTX. `rounded`, `widened` and `dot` go around that, and on a GPU are the plain operations.
+WORD_HALF = {"plain": 1, "fp8": 2, "nvfp4": 4, "int4": 4}  # values in half a word
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def halved(x: Tensor) -> Tensor:
-    """x [R, K] -> [R, K] with each row's even columns first: the order in which 4-bit weights are multiplied."""
+def ordered(x: Tensor, form: str) -> Tensor:
+    """x [R, K] with its columns in the order in which a format's words are decoded."""
+    halves = WORD_HALF[form]
+    if halves == 1:
+        return x
     rows, width = x.shape
-    return torch.stack((x[:, 0::2], x[:, 1::2]), dim=1).view(rows, width)
+    return x.view(rows, width // (2 * halves), 2, halves).transpose(2, 3).reshape(rows, width)
 
 
 @triton.jit
@@ -78,99 +81,167 @@ def _e4m3(byte):
     return (((bits & 0x80) << 24) | ((bits & 0x7F) << 20)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def _spread(scale, per_scale: tl.constexpr):
-    """[N, G] -> [N, G * per_scale], each column repeated."""
-    n: tl.constexpr = scale.shape[0]
-    groups: tl.constexpr = scale.shape[1]
-    return tl.reshape(tl.broadcast_to(scale[:, :, None], (n, groups, per_scale)), (n, groups * per_scale))
-
-
-# Four bytes at a time, two bfloat16 values a register: about two instructions a value, where the same in float32, which
-# the interpreter runs, takes six or more and would leave a chip with fast memory waiting for its arithmetic.
-# `prmt` puts a byte into each half of a register; `lop3 0xEA` is (a & b) | c; a sum with -0 makes fma a product.
+# A word at a time, whose values 16 bits apart make a register of two bfloat16 each with no more than shifts and masks:
+# two to three instructions a value. The same in float32, which the interpreter runs, takes six or more and would leave
+# a chip with fast memory waiting for its arithmetic. `lop3 0xEA` is (a & b) | c; a sum with -0 makes fma a product.
 _E4M3_ASM = tl.constexpr("""{
-.reg .b32 p, s, scale, nought;
-mov.b32 scale, 0x7B807B80; mov.b32 nought, 0x80008000;
-prmt.b32 p, $2, 0, 0x1404; shr.b32 s, p, 4; and.b32 s, s, 0x07F007F0;
-lop3.b32 s, p, 0x80008000, s, 0xEA; fma.rn.bf16x2 $0, s, scale, nought;
-prmt.b32 p, $2, 0, 0x3424; shr.b32 s, p, 4; and.b32 s, s, 0x07F007F0;
-lop3.b32 s, p, 0x80008000, s, 0xEA; fma.rn.bf16x2 $1, s, scale, nought;
+.reg .b32 s, t, v0, v1, lift, nought;
+mov.b32 lift, 0x7B807B80; mov.b32 nought, 0x80008000;
+shl.b32 s, $4, 4; and.b32 s, s, 0x07F007F0; shl.b32 t, $4, 8;
+lop3.b32 s, t, 0x80008000, s, 0xEA; fma.rn.bf16x2 v0, s, lift, nought;
+shr.b32 s, $4, 4; and.b32 s, s, 0x07F007F0;
+lop3.b32 s, $4, 0x80008000, s, 0xEA; fma.rn.bf16x2 v1, s, lift, nought;
+mov.b32 {$0,$1}, v0; mov.b32 {$2,$3}, v1;
+}""")
+# The scale twice in a register: moved to where bfloat16 has its exponent, which makes 2^-120 of e4m3's value, and
+# lifted by 2^238 in two steps.
+_SCALE_ASM = tl.constexpr("""{
+.reg .b32 s, lift, nought;
+mov.b32 lift, 0x7B007B00; mov.b32 nought, 0x80008000;
+prmt.b32 s, $1, 0, 0x4040; shl.b32 s, s, 4; fma.rn.bf16x2 s, s, lift, nought; fma.rn.bf16x2 $0, s, lift, nought;
 }""")
 _NVFP4_ASM = tl.constexpr("""{
-.reg .b32 p, s, t, nought;
+.reg .b32 s, t, v0, v1, v2, v3, nought;
 mov.b32 nought, 0x80008000;
-prmt.b32 p, $4, 0, 0x1404;
-shr.b32 s, p, 2; and.b32 s, s, 0x01C001C0; shl.b32 t, p, 4;
-lop3.b32 s, t, 0x80008000, s, 0xEA; fma.rn.bf16x2 $0, s, $5, nought;
-shr.b32 s, p, 6; and.b32 s, s, 0x01C001C0;
-lop3.b32 s, p, 0x80008000, s, 0xEA; fma.rn.bf16x2 $2, s, $5, nought;
-prmt.b32 p, $4, 0, 0x3424;
-shr.b32 s, p, 2; and.b32 s, s, 0x01C001C0; shl.b32 t, p, 4;
-lop3.b32 s, t, 0x80008000, s, 0xEA; fma.rn.bf16x2 $1, s, $6, nought;
-shr.b32 s, p, 6; and.b32 s, s, 0x01C001C0;
-lop3.b32 s, p, 0x80008000, s, 0xEA; fma.rn.bf16x2 $3, s, $6, nought;
+shl.b32 s, $8, 6; and.b32 s, s, 0x01C001C0; shl.b32 t, $8, 12;
+lop3.b32 s, t, 0x80008000, s, 0xEA; fma.rn.bf16x2 v0, s, $9, nought;
+shl.b32 s, $8, 2; and.b32 s, s, 0x01C001C0; shl.b32 t, $8, 8;
+lop3.b32 s, t, 0x80008000, s, 0xEA; fma.rn.bf16x2 v1, s, $9, nought;
+shr.b32 s, $8, 2; and.b32 s, s, 0x01C001C0; shl.b32 t, $8, 4;
+lop3.b32 s, t, 0x80008000, s, 0xEA; fma.rn.bf16x2 v2, s, $9, nought;
+shr.b32 s, $8, 6; and.b32 s, s, 0x01C001C0; mov.b32 t, $8;
+lop3.b32 s, t, 0x80008000, s, 0xEA; fma.rn.bf16x2 v3, s, $9, nought;
+mov.b32 {$0,$1}, v0; mov.b32 {$2,$3}, v1; mov.b32 {$4,$5}, v2; mov.b32 {$6,$7}, v3;
 }""")
 _INT4_ASM = tl.constexpr("""{
-.reg .b32 p, s, one, less, base, nought;
+.reg .b32 s, v0, v1, v2, v3, one, less, base, nought;
 mov.b32 one, 0x3F803F80; mov.b32 less, 0xC308C308; mov.b32 base, 0x43004300; mov.b32 nought, 0x80008000;
-prmt.b32 p, $4, 0, 0x4140;
-lop3.b32 s, p, 0x000F000F, base, 0xEA; fma.rn.bf16x2 s, s, one, less; fma.rn.bf16x2 $0, s, $5, nought;
-shr.b32 p, p, 4;
-lop3.b32 s, p, 0x000F000F, base, 0xEA; fma.rn.bf16x2 s, s, one, less; fma.rn.bf16x2 $2, s, $5, nought;
-prmt.b32 p, $4, 0, 0x4342;
-lop3.b32 s, p, 0x000F000F, base, 0xEA; fma.rn.bf16x2 s, s, one, less; fma.rn.bf16x2 $1, s, $6, nought;
-shr.b32 p, p, 4;
-lop3.b32 s, p, 0x000F000F, base, 0xEA; fma.rn.bf16x2 s, s, one, less; fma.rn.bf16x2 $3, s, $6, nought;
+mov.b32 s, $8; lop3.b32 s, s, 0x000F000F, base, 0xEA;
+fma.rn.bf16x2 s, s, one, less; fma.rn.bf16x2 v0, s, $9, nought;
+shr.b32 s, $8, 4; lop3.b32 s, s, 0x000F000F, base, 0xEA;
+fma.rn.bf16x2 s, s, one, less; fma.rn.bf16x2 v1, s, $9, nought;
+shr.b32 s, $8, 8; lop3.b32 s, s, 0x000F000F, base, 0xEA;
+fma.rn.bf16x2 s, s, one, less; fma.rn.bf16x2 v2, s, $9, nought;
+shr.b32 s, $8, 12; lop3.b32 s, s, 0x000F000F, base, 0xEA;
+fma.rn.bf16x2 s, s, one, less; fma.rn.bf16x2 v3, s, $9, nought;
+mov.b32 {$0,$1}, v0; mov.b32 {$2,$3}, v1; mov.b32 {$4,$5}, v2; mov.b32 {$6,$7}, v3;
 }""")
 
 
 @triton.jit
-def _fp8_values(byte, dtype: tl.constexpr):
-    """e4m3 bytes -> their values."""
-    if INTERPRETED or dtype != tl.bfloat16:
-        return rounded(_e4m3(byte) * 2.0**120, dtype)
-    else:
-        return tl.inline_asm_elementwise(_E4M3_ASM, "=r,=r,r", [byte], tl.bfloat16, is_pure=True, pack=4)
+def _joined4(a, b, c, d):
+    """Four values of each word [N, W] -> [N, 4 W], a word's side by side."""
+    both = tl.join(tl.join(a, c), tl.join(b, d))
+    return tl.reshape(both, (a.shape[0], 4 * a.shape[1]))
 
 
 @triton.jit
-def _nvfp4_pair(packed, scale, dtype: tl.constexpr):
-    """Bytes [N, B] and e4m3 scales [N, B / 8] as bytes -> values of the low and of the high nibbles, times 2^-8.
+def _joined8(a, b, c, d, e, f, g, h):
+    """Eight values of each word [N, W] -> [N, 8 W], a word's side by side."""
+    first = tl.join(tl.join(a, e), tl.join(c, g))
+    both = tl.join(first, tl.join(tl.join(b, f), tl.join(d, h)))
+    return tl.reshape(both, (a.shape[0], 8 * a.shape[1]))
+
+
+@triton.jit
+def _byte(words, place: tl.constexpr):
+    return (words >> (8 * place)) & 0xFF
+
+
+@triton.jit
+def _fp8_values(words, dtype: tl.constexpr):
+    """Four e4m3 bytes a word [N, W] -> [N, 4 W], of each word those at places 0, 2, 1, 3."""
+    if INTERPRETED or dtype != tl.bfloat16:
+        a, b = rounded(_e4m3(_byte(words, 0)) * 2.0**120, dtype), rounded(_e4m3(_byte(words, 2)) * 2.0**120, dtype)
+        c, d = rounded(_e4m3(_byte(words, 1)) * 2.0**120, dtype), rounded(_e4m3(_byte(words, 3)) * 2.0**120, dtype)
+    else:
+        a, b, c, d = tl.inline_asm_elementwise(
+            _E4M3_ASM,
+            "=h,=h,=h,=h,r",
+            [words],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=1,
+        )
+    return _joined4(a, b, c, d)
+
+
+@triton.jit
+def _scale_of(words, W: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr):
+    """Scales of a row in int32 words [N] -> the one of each of W words of weights, [N, W], in the lowest BITS bits.
+
+    GROUP words of weights share a scale. Every thread shifts out what it needs: none waits for another.
+    """
+    shift = tl.arange(0, W) // GROUP * BITS
+    return (words[:, None] >> shift[None, :]) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _e2m1(words, factor, place: tl.constexpr, dtype: tl.constexpr):
+    bits = words >> (4 * place)
+    value = (((bits & 0x08) << 28) | ((bits & 0x07) << 22)).to(tl.float32, bitcast=True)
+    return rounded(value * factor, dtype)
+
+
+@triton.jit
+def _nvfp4_values(words, scales, dtype: tl.constexpr):
+    """Eight nibbles a word [N, 8] and the row's four e4m3 scales as a word [N] -> values [N, 64] times 2^-8, of each
+    word those at places 0, 4, 1, 5, 2, 6, 3, 7.
 
     e2m1's exponent is moved to where the float has its lowest two bits, which makes 2^-126 of the value; the scale is
     lifted by 2^118, the most that keeps the largest finite. The product has 6 significant bits: exact in bfloat16.
     """
-    lifted = _e4m3(scale) * 2.0**120 * 2.0**118
+    scale = _scale_of(scales, 8, 2, 8)
     if INTERPRETED or dtype != tl.bfloat16:
-        bits, factor = packed.to(tl.int32), _spread(lifted, 8)
-        low = (((bits & 0x08) << 28) | ((bits & 0x07) << 22)).to(tl.float32, bitcast=True)
-        high = (((bits & 0x80) << 24) | ((bits & 0x70) << 18)).to(tl.float32, bitcast=True)
-        return rounded(low * factor, dtype), rounded(high * factor, dtype)
+        f = _e4m3(scale) * 2.0**120 * 2.0**118
+        return _joined8(
+            _e2m1(words, f, 0, dtype), _e2m1(words, f, 4, dtype), _e2m1(words, f, 1, dtype), _e2m1(words, f, 5, dtype),
+            _e2m1(words, f, 2, dtype), _e2m1(words, f, 6, dtype), _e2m1(words, f, 3, dtype), _e2m1(words, f, 7, dtype),
+        )  # fmt: skip
     else:
-        factor = _spread(lifted.to(tl.bfloat16), 8)
-        return tl.inline_asm_elementwise(
-            _NVFP4_ASM, "=r,=r,=r,=r,r,r,r", [packed, factor], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        factor = tl.inline_asm_elementwise(_SCALE_ASM, "=r,r", [scale], tl.int32, is_pure=True, pack=1)
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            _NVFP4_ASM,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+            [words, factor],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=1,
         )
+        return _joined8(a, b, c, d, e, f, g, h)
 
 
 @triton.jit
-def _int4_pair(packed, scale, dtype: tl.constexpr):
-    """Bytes [N, B] and bfloat16 scales [N, B / 16] -> values of the low and of the high nibbles.
+def _int4(words, factor, place: tl.constexpr, dtype: tl.constexpr):
+    value = (((words >> (4 * place)) & 0x0F) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+    return rounded(value * factor, dtype)
+
+
+@triton.jit
+def _int4_values(words, scales, dtype: tl.constexpr):
+    """Eight nibbles a word [N, 8] and the row's two bfloat16 scales as a word [N] -> values [N, 64], of each word those
+    at places 0, 4, 1, 5, 2, 6, 3, 7.
 
     A nibble in the lowest bits of 2^23 (or, in bfloat16, 2^7) is that number plus the nibble: no slow integer
     conversion, and taking away 8 more is exact.
     """
+    scale = _scale_of(scales, 8, 4, 16)
     if INTERPRETED or dtype != tl.bfloat16:
-        bits, factor = packed.to(tl.int32), _spread(widened(scale), 16)
-        low = ((bits & 0x0F) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
-        high = ((bits >> 4) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
-        return rounded(low * factor, dtype), rounded(high * factor, dtype)
+        f = (scale << 16).to(tl.float32, bitcast=True)
+        return _joined8(
+            _int4(words, f, 0, dtype), _int4(words, f, 4, dtype), _int4(words, f, 1, dtype), _int4(words, f, 5, dtype),
+            _int4(words, f, 2, dtype), _int4(words, f, 6, dtype), _int4(words, f, 3, dtype), _int4(words, f, 7, dtype),
+        )  # fmt: skip
     else:
-        factor = _spread(scale, 16)
-        return tl.inline_asm_elementwise(
-            _INT4_ASM, "=r,=r,=r,=r,r,r,r", [packed, factor], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        a, b, c, d, e, f, g, h = tl.inline_asm_elementwise(
+            _INT4_ASM,
+            "=h,=h,=h,=h,=h,=h,=h,=h,r,r",
+            [words, scale | (scale << 16)],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=1,
         )
+        return _joined8(a, b, c, d, e, f, g, h)
 
 
 @triton.jit
@@ -193,36 +264,25 @@ def _columns(base, n, k, width, BK: tl.constexpr, EVEN_K: tl.constexpr):
 
 
 @triton.jit
-def accumulate(acc, x0, x1, weight, scale, n, k, K, FORMAT: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr):
-    """acc [BN, BM] + weight[n, k : k + BK] @ x. n int64 [BN], rows of `weight` and `scale` (already in the expert).
+def accumulate(acc, x, weight, scale, n, k, K, FORMAT: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr):
+    """acc [BN, BM] + weight[n, k : k + BK] @ x [BK, BM]. n int64 [BN], rows of `weight` and `scale` (already in the
+    expert).
 
-    Plain and fp8: x0 [BK, BM], x1 the same. 4-bit: x0, x1 [BK / 2, BM], even and odd columns.
+    What is quantised is a matrix of int32 words, and x is `ordered` as the format decodes them. 4-bit, where BK is 64:
+    `scale` too is a matrix of words, each of which holds the scales of 64 columns.
     """
     if FORMAT == "plain":
-        acc = dot(_columns(weight, n, k, K, BK, EVEN_K), x0, acc)
+        values = _columns(weight, n, k, K, BK, EVEN_K)
     elif FORMAT == "fp8":
-        acc = dot(_fp8_values(_columns(weight, n, k, K, BK, EVEN_K), x0.dtype), x0, acc)
+        values = _fp8_values(_columns(weight, n, k // 4, K // 4, BK // 4, EVEN_K), x.dtype)
     else:
-        packed = _columns(weight, n, k // 2, K // 2, BK // 2, EVEN_K)
+        words = _columns(weight, n, k // 8, K // 8, BK // 8, EVEN_K)
+        scales = tl.load(scale + n * (K // 64) + k // 64)
         if FORMAT == "nvfp4":
-            low, high = _nvfp4_pair(packed, _columns(scale, n, k // 16, K // 16, BK // 16, EVEN_K), x0.dtype)
+            values = _nvfp4_values(words, scales, x.dtype)
         else:
-            low, high = _int4_pair(packed, _columns(scale, n, k // 32, K // 32, BK // 32, EVEN_K), x0.dtype)
-        acc = dot(low, x0, acc)
-        acc = dot(high, x1, acc)
-    return acc
-
-
-@triton.jit
-def load_x(x, rows, k, K, FORMAT: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr):
-    """The two tiles of x that `accumulate` wants. rows int64 [BM]."""
-    if FORMAT == "plain" or FORMAT == "fp8":
-        x0 = x_tile(x, rows, k, K, BK, EVEN_K)
-        x1 = x0
-    else:  # a row of x is its even half, then its odd half: one matrix [2R, K / 2]
-        x0 = x_tile(x, rows * 2, k // 2, K // 2, BK // 2, EVEN_K)
-        x1 = x_tile(x, rows * 2 + 1, k // 2, K // 2, BK // 2, EVEN_K)
-    return x0, x1
+            values = _int4_values(words, scales, x.dtype)
+    return dot(values, x, acc)
 
 
 @triton.jit

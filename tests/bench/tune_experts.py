@@ -19,9 +19,9 @@ from unittest import mock
 import torch
 
 from engine.kernels import grouped
-from engine.kernels.experts import _ordered
 from engine.kernels.grouped import FORMATS, Rows, Tiling, launch_gated, launch_matmul, stored
 from engine.kernels.routing import schedule
+from engine.kernels.tiles import ordered
 from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, Weight, nbytes
 
 HIDDEN, WIDTH, ACTIVE = 2816, 704, 8
@@ -50,15 +50,10 @@ def weight(form: str, experts: int, out: int, width: int) -> Weight:
 
 def tilings(form: str, bm: int, gated: bool) -> Iterator[Tiling]:
     """What is worth trying."""
-    four_bit = form in ("nvfp4", "int4")
-    for bn, bk, warps, stages in itertools.product(
-        (64, 128), (64, 128, 256) if form != "plain" else (32, 64, 128), (4, 8), (2, 3, 4, 6)
-    ):
-        if gated and bn == 128 and warps == 4 and bm > 32:
-            continue
-        matrices = 2 if gated else 1
-        stage = matrices * bn * bk * grouped.BITS[form] // 8 + bm * bk * 2
-        if not 30_000 < stage * stages < 200_000 or (four_bit and bk == 64 and stages < 4):
+    widths = {"plain": (32, 64, 128), "fp8": (64, 128), "nvfp4": (64,), "int4": (64,)}[form]
+    for bn, bk, warps, stages in itertools.product((64, 128), widths, (2, 4, 8), (2, 3, 4, 5)):
+        stage = (2 if gated else 1) * bn * bk * grouped.BITS[form] // 8 + bm * bk * 2
+        if stage * stages > 200_000 or (bn == 64 and warps == 8) or (bn == 128 and warps == 2):
             continue
         yield Tiling(BM=bm, BN=bn, BK=bk, warps=warps, stages=stages)
 
@@ -81,14 +76,14 @@ def launcher(form: str, gated: bool, experts: int, rows: int, bm: int):  # type:
     )
     x = torch.randn(rows if gated else rows * active, flat.width, dtype=torch.bfloat16, device="cuda")
     out = torch.empty(rows * active, WIDTH if gated else HIDDEN, dtype=torch.bfloat16, device="cuda")
-    ordered = _ordered(x, flat)
+    x = ordered(x, form)
 
     def launch(tile: Tiling) -> None:
         with mock.patch.object(grouped, "tiling", lambda *_, **__: tile):
             if gated:
-                launch_gated(ordered, flat, tiles, out, bm, active=active, halve=form in ("nvfp4", "int4"))
+                launch_gated(x, flat, tiles, out, bm, active=active, following=form)
             else:
-                launch_matmul(ordered, flat, tiles, out, bm)
+                launch_matmul(x, flat, tiles, out, bm)
 
     return launch, nbytes(matrix)
 

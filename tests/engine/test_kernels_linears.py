@@ -7,7 +7,7 @@ import torch
 
 from engine.kernels import reference
 from engine.kernels.linears import gated_mlp, linear
-from engine.kernels.tiles import halved
+from engine.kernels.tiles import ordered
 from engine.kernels.weights import dense
 from tests.engine.kernel_inputs import FORMATS, assert_near, randn, random_weight
 
@@ -18,23 +18,23 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarn
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("rows", [1, 17, 130])
 def test_linear(form: str, rows: int, device: torch.device) -> None:
-    x = randn(rows, 160, device=device)
-    weight = random_weight(form, 200, 160, seed=1, device=device)
+    x = randn(rows, 192, device=device)
+    weight = random_weight(form, 200, 192, seed=1, device=device)
     assert_near(linear(x, weight), reference.linear(x, weight))
 
 
 @pytest.mark.parametrize("form", FORMATS)
 def test_each_column_meets_its_own_weight(form: str, device: torch.device) -> None:
     """A row of x with a single one picks out a column: every stored value is read as `dense` says, to the bit."""
-    weight = random_weight(form, 32, 96, seed=3, device=device)
-    picked = linear(torch.eye(96, device=device, dtype=torch.bfloat16), weight)
+    weight = random_weight(form, 32, 128, seed=3, device=device)
+    picked = linear(torch.eye(128, device=device, dtype=torch.bfloat16), weight)
     assert_near(picked.t(), dense(weight, torch.bfloat16), 4e-3)  # fp8's and nvfp4's row scale comes after a rounding
     if form in ("plain", "int4"):
         assert torch.equal(picked.t(), dense(weight, torch.bfloat16))
 
 
 @pytest.mark.parametrize("form", FORMATS)
-@pytest.mark.parametrize("sizes", [(128, 64), (96, 160)])
+@pytest.mark.parametrize("sizes", [(128, 64), (192, 320)])
 def test_gated_mlp(form: str, sizes: tuple[int, int], device: torch.device) -> None:
     hidden, width = sizes
     x = randn(19, hidden, device=device)
@@ -51,6 +51,8 @@ def test_the_two_weights_may_be_stored_differently(gate_up: str, down: str, devi
     assert_near(gated_mlp(x, first, second), reference.gated_mlp(x, first, second))
 
 
-def test_halved(device: torch.device) -> None:
-    x = torch.arange(12, device=device).view(2, 6)
-    assert halved(x).tolist() == [[0, 2, 4, 1, 3, 5], [6, 8, 10, 7, 9, 11]]
+def test_ordered(device: torch.device) -> None:
+    x = torch.arange(16, device=device).view(2, 8)
+    assert ordered(x, "plain") is x
+    assert ordered(x, "fp8")[0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert ordered(x, "nvfp4")[1].tolist() == [8, 12, 9, 13, 10, 14, 11, 15]

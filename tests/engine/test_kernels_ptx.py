@@ -1,4 +1,4 @@
-"""The PTX that decodes weights on a GPU, run by a small machine for the seven instructions it uses.
+"""The PTX that decodes weights on a GPU, run by a small machine for the few instructions it uses.
 
 Triton's interpreter runs no PTX and takes another way to the same values; without this the GPU's way would be checked
 on a GPU only.
@@ -44,11 +44,14 @@ MACHINE = {
     "and.b32": lambda a, b: a & b,
     "lop3.b32": lambda a, b, c, table: (a & b) | c if table == 0xEA else pytest.fail("another table"),
     "fma.rn.bf16x2": fma,
+    "low": lambda a: a & 0xFFFF,
+    "high": lambda a: a >> 16,
 }
 
 
 def run(text: str, outputs: int, *inputs: int) -> list[int]:
     registers = {f"${outputs + place}": value for place, value in enumerate(inputs)}
+    text = re.sub(r"mov\.b32 \{(\S+),(\S+)\}, (\w+);", r"low \1, \3; high \2, \3;", text)
     for statement in re.split(r"[;{}]", text):
         name, *rest = statement.strip().split(maxsplit=1) or [""]
         if not name or name == ".reg":
@@ -59,8 +62,8 @@ def run(text: str, outputs: int, *inputs: int) -> list[int]:
     return [registers[f"${place}"] for place in range(outputs)]
 
 
-def unpacked(*words: int) -> Tensor:
-    return torch.cat([bfloat16(word >> at & 0xFFFF) for word in words for at in (0, 16)])
+def halves(*values: int) -> Tensor:
+    return torch.cat([bfloat16(value) for value in values])
 
 
 def words() -> list[int]:
@@ -68,34 +71,40 @@ def words() -> list[int]:
     return [byte | (byte * 7 + 1) % 256 << 8 | (byte * 5 + 3) % 256 << 16 | (255 - byte) << 24 for byte in range(256)]
 
 
-def four(word: int) -> Tensor:
-    return torch.tensor([word >> at & 0xFF for at in (0, 8, 16, 24)], dtype=torch.uint8)
+def nibbles(word: int) -> Tensor:
+    """In the order in which they are decoded."""
+    return torch.tensor([word >> 4 * place & 15 for place in (0, 4, 1, 5, 2, 6, 3, 7)])
 
 
 def test_e4m3() -> None:
     for word in words():
-        expected = four(word).view(torch.float8_e4m3fn).double()
-        found = unpacked(*run(tiles._E4M3_ASM.value, 2, word))
+        placed = torch.tensor([word >> 8 * place & 0xFF for place in (0, 2, 1, 3)], dtype=torch.uint8)
+        expected = placed.view(torch.float8_e4m3fn).double()
+        found = halves(*run(tiles._E4M3_ASM.value, 4, word))
         assert torch.equal(found[~expected.isnan()], expected[~expected.isnan()])
+
+
+def test_scale() -> None:
+    """Every e4m3 scale there is, subnormal ones too, times 2^118 and twice."""
+    codes = torch.arange(0x7F, dtype=torch.uint8)
+    for code, value in zip(codes.tolist(), codes.view(torch.float8_e4m3fn).double(), strict=True):
+        (found,) = run(tiles._SCALE_ASM.value, 1, code)
+        assert found == bits(value * 2.0**118) * 0x10001
 
 
 @pytest.mark.parametrize("scale", [2.0**-9, 1.75, 448.0])
 def test_nvfp4(scale: float) -> None:
-    lifted = torch.tensor([scale * 2.0**118, scale * 2.0**117], dtype=torch.float64)
-    first, second = (bits(value) * 0x10001 for value in lifted)
+    lifted = bits(torch.tensor([scale * 2.0**118], dtype=torch.float64)) * 0x10001
     table = torch.tensor(E2M1, dtype=torch.float64)
     for word in words():
-        found = unpacked(*run(tiles._NVFP4_ASM.value, 4, word, first, second))
-        factor = torch.tensor([scale, scale, scale / 2, scale / 2]) / 256
-        nibbles = torch.cat((four(word) & 15, four(word) >> 4)).long()
-        assert torch.equal(found, table[nibbles] * factor.repeat(2))
+        found = halves(*run(tiles._NVFP4_ASM.value, 8, word, lifted))
+        assert torch.equal(found, table[nibbles(word)] * scale / 256)
 
 
-def test_int4() -> None:
-    scales = torch.tensor([0.0123, 1.5], dtype=torch.bfloat16)
-    first, second = (bits(value) * 0x10001 for value in scales)
-    factor = scales.double().repeat_interleave(2).repeat(2)
+@pytest.mark.parametrize("scale", [0.0123, 1.5])
+def test_int4(scale: float) -> None:
+    rounded = torch.tensor([scale], dtype=torch.bfloat16)
     for word in words():
-        found = unpacked(*run(tiles._INT4_ASM.value, 4, word, first, second))
-        nibbles = torch.cat((four(word) & 15, four(word) >> 4)).double()
-        assert torch.equal(found, ((nibbles - 8) * factor).to(torch.bfloat16).double())
+        found = halves(*run(tiles._INT4_ASM.value, 8, word, bits(rounded) * 0x10001))
+        expected = (nibbles(word).double() - 8) * rounded.double()
+        assert torch.equal(found, expected.to(torch.bfloat16).double())

@@ -1,0 +1,132 @@
+"""A grammar and a tokenizer as an automaton over token ids: llguidance behind the engine's `Constraint`.
+
+Knows llguidance and ids; what a grammar is made for is `grammar`'s business. Compiling runs on one thread of its own:
+llguidance recurses as deep as a grammar's references go, which the stack of an ordinary thread does not hold.
+Invariant: whatever text a client sends as a grammar, compiling is bounded and ends in an automaton or in BadGrammar.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
+
+from llguidance import LLMatcher, LLTokenizer
+
+from engine import ConstraintError
+from server.prompt import PromptRenderer
+
+MAX_GRAMMAR_CHARACTERS = 1_000_000
+KEPT = 64  # compiled grammars
+_STACK_BYTES = 512 * 2**20  # address space, not memory: only what is used is ever taken
+_MESSAGE_CHARACTERS = 300
+
+
+class BadGrammar(Exception):
+    """The grammar cannot be compiled. The message says why, in a line."""
+
+
+class Automaton:
+    """One reply's place in a grammar. Implements `engine.Constraint`."""
+
+    def __init__(self, matcher: LLMatcher, ends: tuple[int, ...]) -> None:
+        self._matcher = matcher
+        self._ends = ends
+
+    def advance(self, token_ids: Sequence[int]) -> int:
+        """Move on by ids as long as they are allowed; returns by how many."""
+        ids = list(takewhile(lambda token_id: token_id not in self._ends, token_ids))
+        taken = self._matcher.try_consume_tokens(ids) if ids else 0
+        self._check()
+        return taken
+
+    def rollback(self, count: int) -> None:
+        """Move back by so many of the ids it last moved on by."""
+        if count:
+            self._matcher.rollback(count)
+            self._check()
+
+    def forced(self) -> tuple[int, ...]:
+        """Ids that must come next; none where there is a choice, or where the reply may end."""
+        if self._matcher.is_accepting():
+            return ()
+        ids = self._matcher.compute_ff_tokens()
+        self._check()
+        return tuple(takewhile(lambda token_id: token_id not in self._ends, ids))
+
+    def allowed(self) -> bytes:
+        """Which ids may come next, eos ids included: one bit for each."""
+        mask = bytearray(self._matcher.compute_bitmask())
+        self._check()
+        may_end = self._matcher.is_accepting()
+        for token_id in self._ends:
+            bit = 1 << token_id % 8
+            mask[token_id // 8] = mask[token_id // 8] | bit if may_end else mask[token_id // 8] & ~bit
+        if not any(mask):
+            raise ConstraintError("the grammar allows no token here: nothing the tokenizer has can go on")
+        return bytes(mask)
+
+    def ends(self) -> tuple[int, ...]:
+        """The eos ids that may come next, the most natural one first."""
+        return self._ends if self._matcher.is_accepting() else ()
+
+    @property
+    def must_end(self) -> bool:
+        """True where the reply is complete and nothing may follow."""
+        return self._matcher.is_stopped() and self._matcher.is_accepting()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise ConstraintError(f"the grammar became too complex to follow: {_line(self._matcher.get_error())}")
+
+
+class GrammarCompiler:
+    """Compiles grammars for one tokenizer and keeps the last ones. Safe to use from several threads."""
+
+    def __init__(self, prompts: PromptRenderer, *, vocab_size: int, eos_ids: Iterable[int]) -> None:
+        turn_end = prompts.control.ids.get("<turn|>")
+        self._ends = tuple(sorted(eos_ids, key=lambda token_id: (token_id != turn_end, token_id)))
+        self._tokenizer = LLTokenizer(prompts.for_automaton(), n_vocab=vocab_size, eos_token=list(self._ends))
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def automaton(self, grammar: str) -> Automaton:
+        """An automaton at the beginning of a grammar (llguidance's JSON form of one). Raises BadGrammar."""
+        with self._lock:
+            matcher = self._compiled.get(grammar)
+            if matcher is None:
+                matcher = self._compiled[grammar] = self._compile(grammar)
+                if len(self._compiled) > KEPT:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(grammar)
+            return Automaton(matcher.deep_copy(), self._ends)
+
+    def _compile(self, grammar: str) -> LLMatcher:
+        if len(grammar) > MAX_GRAMMAR_CHARACTERS:
+            raise BadGrammar(f"it comes to more than {MAX_GRAMMAR_CHARACTERS:,} characters")
+        made: list[LLMatcher] = []
+
+        def work() -> None:
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+            if not matcher.is_error():
+                matcher.compute_bitmask()  # the first mask is the slowest, and tells what the grammar itself does not
+            made.append(matcher)
+
+        before = threading.stack_size(_STACK_BYTES)
+        try:
+            thread = threading.Thread(target=work, name="grammar")
+            thread.start()
+        finally:
+            threading.stack_size(before)
+        thread.join()
+        (matcher,) = made
+        if matcher.is_error():
+            raise BadGrammar(_line(matcher.get_error()))
+        return matcher
+
+
+def _line(message: str) -> str:
+    """The part of a message of llguidance that is about the grammar, in one line."""
+    lines = takewhile(lambda line: not line.startswith("<state>"), message.splitlines())
+    return " ".join(" ".join(lines).split())[:_MESSAGE_CHARACTERS]

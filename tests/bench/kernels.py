@@ -1,0 +1,160 @@
+"""Times kernels alone at the model's shapes: `python -m tests.bench.kernels --json PATH --only output`. Needs a GPU.
+
+Every op is captured in a CUDA graph and replayed, so launches cost what they cost in the engine; then once more under
+the profiler, for the share of each of its kernels. A group of ops is one function in GROUPS. What is read and written
+is counted from shapes, each tensor once, and held against the bandwidth and the matrix rate measured here and now.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.kernels import output, reference_output
+from engine.kernels.reference_output import Draw
+from engine.measure.ceilings import measure_ceilings
+from engine.measure.clock import Clock
+
+ROWS, VOCAB, HIDDEN = 256, 262144, 2816
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One op on inputs that are there."""
+
+    name: str
+    run: Callable[[], object]
+    bytes: int  # that it must read and write
+    flops: int = 0  # of matrix units
+
+
+def output_side(device: torch.device) -> Iterator[Work]:
+    """Reading logits, in every variant and on rows that are sure or not, and the self-conditioning embedding."""
+    flat = torch.randn(ROWS, VOCAB, device=device, dtype=torch.bfloat16)
+    sure = flat * 2
+    sure[torch.arange(ROWS), torch.randint(VOCAB, (ROWS,))] = 28.0
+    bias = torch.zeros(1, VOCAB, device=device)
+    reading = 3 * 2 * ROWS * VOCAB
+
+    def draw(bias: Tensor | None = None, **how: float) -> Draw:
+        def rows(value: float, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.full((ROWS,), value, device=device, dtype=dtype)
+
+        return Draw(
+            temperature=rows(0.6),
+            request_temperature=rows(how.get("temperature", 1.0)),
+            top_k=rows(how.get("top_k", 0), torch.int32),
+            top_p=rows(how.get("top_p", 1.0)),
+            min_p=rows(how.get("min_p", 0.0)),
+            uniforms=torch.rand(ROWS, device=device),
+            shaped=bool(how),
+            bias=bias,
+        )
+
+    for sort, logits in (("sure", sure), ("flat", flat)):
+        for name, how in {
+            "": draw(),
+            ", bias": draw(bias),
+            ", temperature": draw(temperature=0.7),
+            ", top_k 64, top_p 0.95": draw(temperature=0.7, top_k=64, top_p=0.95),
+            ", top_p 0.95": draw(top_p=0.95),
+            ", min_p 0.05": draw(min_p=0.05),
+        }.items():
+            extra = 0 if how.bias is None else bias.nbytes
+
+            def run(logits: Tensor = logits, how: Draw = how) -> object:
+                return output.read_logits(logits, 30.0, how)
+
+            yield Work(name=f"read_logits, {sort}{name}", run=run, bytes=reading + extra)
+    embedding = torch.randn(VOCAB, HIDDEN, device=device, dtype=torch.bfloat16)
+    probabilities = output.read_logits(sure, 30.0, draw()).probabilities
+    embedded = 2 * (ROWS * VOCAB + VOCAB * HIDDEN + ROWS * HIDDEN)
+    for name, embed in (("", output.soft_embedding), (", reference", reference_output.soft_embedding)):
+
+        def soft(embed: Callable[[Tensor, Tensor, float], Tensor] = embed) -> object:
+            return embed(probabilities, embedding, HIDDEN**0.5)
+
+        yield Work(name=f"soft_embedding{name}", run=soft, bytes=embedded, flops=2 * ROWS * VOCAB * HIDDEN)
+
+
+GROUPS: dict[str, Callable[[torch.device], Iterator[Work]]] = {"output": output_side}
+
+
+def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """`run` as a graph, compiled and warm."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def shares(graph: torch.cuda.CUDAGraph) -> dict[str, float]:
+    """Milliseconds of each kernel of a replay."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    return {event.key: event.device_time_total / 1000 for event in profile.key_averages() if event.device_time_total}
+
+
+def measured(work: Work, clock: Clock, bandwidth: float, matrix_rate: float) -> dict[str, Any]:
+    """One row of the table; bandwidth in bytes and matrix_rate in operations a second."""
+    graph = captured(work.run)
+    ms = clock.device(graph.replay, most=30, seconds=5.0)
+    assert ms is not None, "there is a GPU"
+    bound = 1000 * max(work.bytes / bandwidth, work.flops / matrix_rate)
+    return {
+        "name": work.name,
+        "ms": ms,
+        "mb": work.bytes / 1e6,
+        "gb_per_s": work.bytes / ms / 1e6,
+        "gflop": work.flops / 1e9,
+        "bound_ms": bound,
+        "share": bound / ms,
+        "kernels_ms": shares(graph),
+    }
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", nargs="+", default=list(GROUPS), choices=list(GROUPS))
+    parser.add_argument("--json", type=Path, help="where all of it is written")
+    given = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("tests.bench.kernels: needs an NVIDIA GPU, and torch sees none", file=sys.stderr)
+        return 2
+    device = torch.device("cuda", torch.cuda.current_device())
+    ceilings = measure_ceilings(device)
+    chip = ceilings.ceilings
+    found: dict[str, Any] = {"device": torch.cuda.get_device_name(device), "ceilings": vars(ceilings), "ops": []}
+    print(f"{found['device']}: {chip.bandwidth / 1e9:.0f} GB/s, {chip.matrix_rate / 1e12:.0f} TFLOPS")
+    print(f"{'op':<44} {'ms':>8} {'MB':>7} {'GB/s':>6} {'bound':>8} {'share':>6}")
+    clock = Clock(device)
+    for group in given.only:
+        for work in GROUPS[group](device):
+            row = measured(work, clock, chip.bandwidth, chip.matrix_rate)
+            found["ops"].append(row)
+            figures = f"{row['ms']:>8.4f} {row['mb']:>7.0f} {row['gb_per_s']:>6.0f} {row['bound_ms']:>8.4f}"
+            print(f"{row['name']:<44} {figures} {row['share']:>6.0%}")
+            for kernel, ms in sorted(row["kernels_ms"].items(), key=lambda item: -item[1]):
+                print(f"    {kernel[:60]:<40} {ms:>8.4f}", flush=True)
+    if given.json:
+        given.json.write_text(json.dumps(found), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
