@@ -18,36 +18,17 @@ from server import errors, tool_schema
 from server.bridge import Bridge, EngineUnavailable
 from server.call_memory import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, CallMemory, CallSpans
 from server.errors import ApiError
-from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta, FinishReason, ReplyDone, StreamItem, ToolCall
+from server.exchange import ChatTask, ChoiceDone, Delta, FinishReason, ReplyDone, StreamItem, ToolCall
 from server.grammar import held, needs_grammar
 from server.likelihoods import Likelihoods
 from server.output_parser import OutputParser, Parsed, StopStrings
 from server.prompt import Marker, Prompt, PromptRenderer, PromptTooLong
+from server.replies import Folded, fold
 from server.structure import Structures
 from server.tool_calls import new_call_id
 
 # Random seeds stay below 2**53 so that they survive JavaScript's numbers and can be sent back.
 _RANDOM_SEED_BITS = 53
-
-
-@dataclass(frozen=True)
-class FoldedChoice:
-    """One choice of a finished reply."""
-
-    reasoning: str
-    content: str
-    tool_calls: tuple[ToolCall, ...]
-    finish_reason: FinishReason
-    stop_string: str | None = None
-    logprobs: tuple[ContentToken, ...] = ()
-
-
-@dataclass(frozen=True)
-class Folded:
-    """A finished reply: what its stream adds up to."""
-
-    choices: tuple[FoldedChoice, ...]
-    done: ReplyDone
 
 
 class ChatService:
@@ -64,7 +45,7 @@ class ChatService:
         self._calls = CallMemory()
         self.loaded_at = int(time.time())
 
-    async def open(self, task: ChatTask) -> Reply:
+    async def open(self, task: ChatTask) -> ChatReply:
         """Check, render and start a task. Raises ApiError before anything of the reply exists.
 
         The caller must `close` the reply, whatever happens.
@@ -75,7 +56,7 @@ class ChatService:
         # Long prompts take a while to tokenise, grammars to compile; other replies go on meanwhile.
         prompts = await asyncio.to_thread(self.render, task)
         constraints = await asyncio.to_thread(self._constraints, task, prompts)
-        seed = self._seed(task)
+        seed = choose_seed(task)
         requests = [request for prompt in prompts for request in self._engine_requests(task, prompt, seed)]
         requests = [
             replace(request, constraint=constraint) for request, constraint in zip(requests, constraints, strict=True)
@@ -99,7 +80,7 @@ class ChatService:
                 _Running(request, stream, choice)
                 for request, stream, choice in zip(requests, streams, choices, strict=True)
             ]
-            return Reply(
+            return ChatReply(
                 self.bridge,
                 running,
                 stack.pop_all(),
@@ -126,36 +107,18 @@ class ChatService:
         """One for each choice of each prompt: each stands somewhere else in its reply."""
         return [self._structures.constraint(task, prompt.opens_in) for prompt in prompts for _ in range(task.choices)]
 
-    @staticmethod
-    def _seed(task: ChatTask) -> int:
-        if task.seed is not None:
-            return task.seed
-        return 0 if task.temperature == 0 else secrets.randbits(_RANDOM_SEED_BITS)
-
     def _engine_requests(self, task: ChatTask, prompt: Prompt, seed: int) -> list[GenerationRequest]:
         left = self.bridge.info.context_length - len(prompt.ids)
         if left < 1:
             raise self._too_long(task, len(prompt.ids), self.bridge.info.context_length)
-        for token_id, _ in task.logit_bias:
-            if token_id >= self.bridge.info.vocab_size:
-                message = f"'logit_bias' has a token id outside 0..{self.bridge.info.vocab_size - 1}: {token_id}"
-                raise errors.invalid(message, param="logit_bias")
+        check_biases(task, self.bridge.info.vocab_size)
         return [
             GenerationRequest(
                 id="",  # numbered by the caller
                 prompt_ids=prompt.ids,
                 # A limit above what is left is no mistake: many clients send a generous one unasked.
                 max_tokens=left if task.max_tokens is None else min(left, task.max_tokens),
-                sampling=Sampling(
-                    seed=(seed + index) % 2**64,
-                    temperature=task.temperature,
-                    top_k=task.top_k,
-                    top_p=task.top_p,
-                    min_p=task.min_p,
-                    logit_bias=task.logit_bias,
-                    presence_penalty=task.presence_penalty,
-                    frequency_penalty=task.frequency_penalty,
-                ),
+                sampling=sampling(task, (seed + index) % 2**64),
                 schedule=task.schedule,
                 logprobs=task.logprobs,
             )
@@ -171,6 +134,35 @@ class ChatService:
             context_length=context_length,
             param="prompt" if task.prompts else "messages",
         )
+
+
+def choose_seed(task: ChatTask) -> int:
+    """The seed asked for, or one of our own."""
+    if task.seed is not None:
+        return task.seed
+    return 0 if task.temperature == 0 else secrets.randbits(_RANDOM_SEED_BITS)
+
+
+def check_biases(task: ChatTask, vocab_size: int) -> None:
+    """Raise ApiError (400) for a bias of a token that there is not."""
+    for token_id, _ in task.logit_bias:
+        if token_id >= vocab_size:
+            message = f"'logit_bias' has a token id outside 0..{vocab_size - 1}: {token_id}"
+            raise errors.invalid(message, param="logit_bias")
+
+
+def sampling(task: ChatTask, seed: int) -> Sampling:
+    """How the task draws, as the engine wants it."""
+    return Sampling(
+        seed=seed,
+        temperature=task.temperature,
+        top_k=task.top_k,
+        top_p=task.top_p,
+        min_p=task.min_p,
+        logit_bias=task.logit_bias,
+        presence_penalty=task.presence_penalty,
+        frequency_penalty=task.frequency_penalty,
+    )
 
 
 class _Choice:
@@ -301,7 +293,7 @@ class _Running:
 
 
 @dataclass
-class Reply:
+class ChatReply:
     """A reply on its way. Stream it or fold it, once; then close it."""
 
     _bridge: Bridge
@@ -387,26 +379,3 @@ class Reply:
             seconds=time.monotonic() - self.began,
             seconds_to_first_text=None if first_text is None else first_text - self.began,
         )
-
-
-async def fold(items: AsyncIterator[StreamItem], choices: int) -> Folded:
-    """Add a stream up to the reply it describes."""
-    reasoning, content = [""] * choices, [""] * choices
-    calls: list[tuple[ToolCall, ...]] = [()] * choices
-    reasons: list[FinishReason] = ["stop"] * choices
-    stops: list[str | None] = [None] * choices
-    logprobs: list[tuple[ContentToken, ...]] = [()] * choices
-    done: ReplyDone | None = None
-    async for item in items:
-        if isinstance(item, Delta):
-            reasoning[item.choice] += item.reasoning
-            content[item.choice] += item.content
-            calls[item.choice] += item.tool_calls
-            logprobs[item.choice] += item.logprobs
-        elif isinstance(item, ChoiceDone):
-            reasons[item.choice], stops[item.choice] = item.finish_reason, item.stop_string
-        else:
-            done = item
-    assert done is not None, "a stream ends with ReplyDone"
-    folded = zip(reasoning, content, calls, reasons, stops, logprobs, strict=True)
-    return Folded(tuple(FoldedChoice(*parts) for parts in folded), done)

@@ -131,7 +131,7 @@ class PromptRenderer:
         self.control = ControlTokens(tokenizer)
         vocabulary = tokenizer.get_vocab()
         self._known_ids: int = 1 + max(vocabulary.values())
-        self._longest = max(map(len, vocabulary))  # characters that one token can stand for
+        self.longest: int = max(map(len, vocabulary))  # characters that one token can stand for
         parameters = inspect.signature(template.apply_chat_template).parameters
         self._reserved = frozenset(parameters) | frozenset(special_names) | {"messages"}
         self._text_apart = self._reads_text_before_calls()
@@ -214,7 +214,7 @@ class PromptRenderer:
             yield (piece, True) if is_control else (piece.translate(restore), False)
 
     def _bound(self, characters: int, most: int | None) -> None:
-        at_least = characters // self._longest
+        at_least = characters // self.longest
         if most is not None and at_least > most:
             raise PromptTooLong(at_least)
 

@@ -12,7 +12,6 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.chat import Folded, FoldedChoice, Reply
 from server.dialects.chat_schema import (
     AssistantMessage,
     ChatRequest,
@@ -24,6 +23,7 @@ from server.dialects.chat_schema import (
 from server.dialects.history import History
 from server.errors import invalid
 from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta, Likelihood, ReplyDone, ToolCall
+from server.replies import Folded, FoldedChoice, Reply
 from server.sse import Framing
 
 Json = dict[str, Any]

@@ -13,13 +13,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from server.chat import Reply
 from server.dialects.history import History
 from server.dialects.openai_chat import easel, template_options, token_logprobs
 from server.dialects.response_store import ResponseStore, Stored
 from server.dialects.responses_schema import ResponsesRequest, add_input, add_output
 from server.errors import ApiError, invalid
 from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta, Likelihood, ReplyDone, ToolCall
+from server.replies import Reply
 from server.schema import parse
 from server.sse import Framing
 

@@ -10,10 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from engine import Schedule
+from engine import PRESETS, Schedule
 from server.dialects.chat_schema import ChatRequest, parse_chat_request
 from server.errors import ApiError
-from server.schema import PRESETS
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
