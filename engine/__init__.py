@@ -8,6 +8,7 @@ from engine.formats import layout
 from engine.interface import (
     MAX_DENOISING_STEPS,
     MAX_LOGPROBS,
+    PRESETS,
     CanvasDone,
     CanvasRead,
     CanvasRequest,
@@ -116,6 +117,7 @@ __all__ = [
     "FIGURE_COLUMNS",
     "MAX_DENOISING_STEPS",
     "MAX_LOGPROBS",
+    "PRESETS",
     "SHAPES",
     "BenchOptions",
     "CanvasDone",

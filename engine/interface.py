@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -68,6 +69,14 @@ class Schedule:
     stability_threshold: int | None = None  # and its argmax has stayed the same for so many passes
 
 
+# What each changes of the checkpoint's schedule; README has what it costs and brings on the demo model.
+PRESETS: Mapping[str, Schedule] = MappingProxyType(
+    {
+        "quality": Schedule(entropy_bound=0.05, confidence_threshold=0.002, stability_threshold=2),
+        "balanced": Schedule(),
+        "fast": Schedule(entropy_bound=0.15, confidence_threshold=0.01, stability_threshold=0),
+    }
+)
 MAX_DENOISING_STEPS = 256
 MAX_LOGPROBS = 20
 

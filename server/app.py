@@ -26,10 +26,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import errors
 from server.chat import ChatService
-from server.dialects import anthropic, completions, decisions, openai_chat, responses, tokens
+from server.dialects import anthropic, completions, decisions, editors, openai_chat, responses, tokens
 from server.dialects.response_store import ResponseStore
 from server.dialects.wire import Asked
 from server.errors import ApiError
+from server.infill import open_reply
 from server.sse import ChunkStream
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,9 @@ def create_app(service: ChatService, settings: AppSettings) -> FastAPI:
     _add_reply_route(app, service, settings, "/v1/chat/completions", openai_chat.read)
     _add_reply_route(app, service, settings, "/v1/completions", completions.read)
     _add_reply_route(app, service, settings, "/v1/messages", anthropic.read)
+    for path in ("/v1/fim/completions", "/fim/completions"):
+        _add_reply_route(app, service, settings, path, editors.read_fim)
+    _add_reply_route(app, service, settings, "/infill", editors.read_llama)
     _add_responses(app, service, settings)
     _add_decisions(app, service, settings)
     for path, answer in (
@@ -138,7 +142,7 @@ def _add_reply_route(
         asked = read(await _json_body(request, settings.max_body_bytes))
         if not asked.streamed:
             return JSONResponse(await _unless_gone(request, _complete(service, asked)))
-        reply = await service.open(asked.task)
+        reply = await open_reply(service, asked.task)
         return ChunkStream(
             asked.chunks(reply),
             framing=asked.framing,
@@ -165,7 +169,7 @@ def _add_status_routes(app: FastAPI, service: ChatService) -> None:
 
 
 async def _complete(service: ChatService, asked: Asked) -> dict[str, Any]:
-    reply = await service.open(asked.task)
+    reply = await open_reply(service, asked.task)
     try:
         return await asked.body(reply)
     finally:

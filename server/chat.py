@@ -16,37 +16,19 @@ from dataclasses import dataclass, field, replace
 from engine import CanvasDone, Constraint, Event, Finished, GenerationRequest, QueueFull, RequestTooLong, Sampling
 from server import errors, tool_schema
 from server.bridge import Bridge, EngineUnavailable
+from server.call_memory import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, CallMemory, CallSpans
 from server.errors import ApiError
-from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta, FinishReason, ReplyDone, StreamItem, ToolCall
+from server.exchange import ChatTask, ChoiceDone, Delta, FinishReason, ReplyDone, StreamItem, ToolCall
 from server.grammar import held, needs_grammar
 from server.likelihoods import Likelihoods
 from server.output_parser import OutputParser, Parsed, StopStrings
-from server.prompt import Prompt, PromptRenderer, PromptTooLong
+from server.prompt import Marker, Prompt, PromptRenderer, PromptTooLong
+from server.replies import Folded, fold
 from server.structure import Structures
 from server.tool_calls import new_call_id
 
 # Random seeds stay below 2**53 so that they survive JavaScript's numbers and can be sent back.
 _RANDOM_SEED_BITS = 53
-
-
-@dataclass(frozen=True)
-class FoldedChoice:
-    """One choice of a finished reply."""
-
-    reasoning: str
-    content: str
-    tool_calls: tuple[ToolCall, ...]
-    finish_reason: FinishReason
-    stop_string: str | None = None
-    logprobs: tuple[ContentToken, ...] = ()
-
-
-@dataclass(frozen=True)
-class Folded:
-    """A finished reply: what its stream adds up to."""
-
-    choices: tuple[FoldedChoice, ...]
-    done: ReplyDone
 
 
 class ChatService:
@@ -60,9 +42,10 @@ class ChatService:
         info = bridge.info
         self._structures = Structures(prompts, vocab_size=info.vocab_size, eos_ids=info.eos_ids)
         self.model_names = tuple(dict.fromkeys(model_names))
+        self._calls = CallMemory()
         self.loaded_at = int(time.time())
 
-    async def open(self, task: ChatTask) -> Reply:
+    async def open(self, task: ChatTask) -> ChatReply:
         """Check, render and start a task. Raises ApiError before anything of the reply exists.
 
         The caller must `close` the reply, whatever happens.
@@ -73,7 +56,7 @@ class ChatService:
         # Long prompts take a while to tokenise, grammars to compile; other replies go on meanwhile.
         prompts = await asyncio.to_thread(self.render, task)
         constraints = await asyncio.to_thread(self._constraints, task, prompts)
-        seed = self._seed(task)
+        seed = choose_seed(task)
         requests = [request for prompt in prompts for request in self._engine_requests(task, prompt, seed)]
         requests = [
             replace(request, constraint=constraint) for request, constraint in zip(requests, constraints, strict=True)
@@ -90,19 +73,21 @@ class ChatService:
             except EngineUnavailable as error:
                 raise errors.unavailable(str(error).capitalize()) from error
             choices = [
-                _Choice(index, task, prompts[index // task.choices], self.prompts) for index in range(len(requests))
+                _Choice(index, task, prompts[index // task.choices], self.prompts, self._calls)
+                for index in range(len(requests))
             ]
             running = [
                 _Running(request, stream, choice)
                 for request, stream, choice in zip(requests, streams, choices, strict=True)
             ]
-            return Reply(
+            return ChatReply(
                 self.bridge,
                 running,
                 stack.pop_all(),
                 model=task.model or self.model_names[0],
                 logprobs=task.logprobs,
                 prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
+                choices_each=task.choices,
                 began=began,
             )
 
@@ -113,7 +98,8 @@ class ChatService:
             if task.prompts:
                 return [self.prompts.raw(prompt, most) for prompt in task.prompts]
             tools = tool_schema.for_template(task.tools)
-            return [self.prompts.render(task.messages, tools, task.template_options, most)]
+            written = self._calls.recall(task.messages)
+            return [self.prompts.render(task.messages, tools, task.template_options, most, calls=written)]
         except PromptTooLong as error:
             raise self._too_long(task, error.tokens, most, exact=False) from error
 
@@ -121,36 +107,18 @@ class ChatService:
         """One for each choice of each prompt: each stands somewhere else in its reply."""
         return [self._structures.constraint(task, prompt.opens_in) for prompt in prompts for _ in range(task.choices)]
 
-    @staticmethod
-    def _seed(task: ChatTask) -> int:
-        if task.seed is not None:
-            return task.seed
-        return 0 if task.temperature == 0 else secrets.randbits(_RANDOM_SEED_BITS)
-
     def _engine_requests(self, task: ChatTask, prompt: Prompt, seed: int) -> list[GenerationRequest]:
         left = self.bridge.info.context_length - len(prompt.ids)
         if left < 1:
             raise self._too_long(task, len(prompt.ids), self.bridge.info.context_length)
-        for token_id, _ in task.logit_bias:
-            if token_id >= self.bridge.info.vocab_size:
-                message = f"'logit_bias' has a token id outside 0..{self.bridge.info.vocab_size - 1}: {token_id}"
-                raise errors.invalid(message, param="logit_bias")
+        check_biases(task, self.bridge.info.vocab_size)
         return [
             GenerationRequest(
                 id="",  # numbered by the caller
                 prompt_ids=prompt.ids,
                 # A limit above what is left is no mistake: many clients send a generous one unasked.
                 max_tokens=left if task.max_tokens is None else min(left, task.max_tokens),
-                sampling=Sampling(
-                    seed=(seed + index) % 2**64,
-                    temperature=task.temperature,
-                    top_k=task.top_k,
-                    top_p=task.top_p,
-                    min_p=task.min_p,
-                    logit_bias=task.logit_bias,
-                    presence_penalty=task.presence_penalty,
-                    frequency_penalty=task.frequency_penalty,
-                ),
+                sampling=sampling(task, (seed + index) % 2**64),
                 schedule=task.schedule,
                 logprobs=task.logprobs,
             )
@@ -168,10 +136,39 @@ class ChatService:
         )
 
 
+def choose_seed(task: ChatTask) -> int:
+    """The seed asked for, or one of our own."""
+    if task.seed is not None:
+        return task.seed
+    return 0 if task.temperature == 0 else secrets.randbits(_RANDOM_SEED_BITS)
+
+
+def check_biases(task: ChatTask, vocab_size: int) -> None:
+    """Raise ApiError (400) for a bias of a token that there is not."""
+    for token_id, _ in task.logit_bias:
+        if token_id >= vocab_size:
+            message = f"'logit_bias' has a token id outside 0..{vocab_size - 1}: {token_id}"
+            raise errors.invalid(message, param="logit_bias")
+
+
+def sampling(task: ChatTask, seed: int) -> Sampling:
+    """How the task draws, as the engine wants it."""
+    return Sampling(
+        seed=seed,
+        temperature=task.temperature,
+        top_k=task.top_k,
+        top_p=task.top_p,
+        min_p=task.min_p,
+        logit_bias=task.logit_bias,
+        presence_penalty=task.presence_penalty,
+        frequency_penalty=task.frequency_penalty,
+    )
+
+
 class _Choice:
     """Text side of one choice: ids to deltas, and why it ended."""
 
-    def __init__(self, index: int, task: ChatTask, prompt: Prompt, prompts: PromptRenderer) -> None:
+    def __init__(self, index: int, task: ChatTask, prompt: Prompt, prompts: PromptRenderer, memory: CallMemory) -> None:
         self.index = index
         self._detokenizer = prompts.detokenizer()
         self.parser = OutputParser(
@@ -180,9 +177,10 @@ class _Choice:
         self.echo = _written(task, index, prompts) if task.echo else ""
         self._stop = StopStrings(task.stop)
         self._most_calls = None if task.parallel_tool_calls else 1
-        self._named_tool = task.named_tool
         self._calls = 0
         self._likelihoods = None if task.logprobs is None else Likelihoods(prompts)
+        self._memory = memory
+        self._spans = CallSpans(*(prompts.control.ids.get(marker) for marker in (TOOL_CALL_OPEN, TOOL_CALL_CLOSE)))
 
     @property
     def satisfied(self) -> bool:
@@ -195,17 +193,21 @@ class _Choice:
             return None
         if self._likelihoods is None:
             for token_id in done.token_ids:
-                self.parser.push(self._detokenizer.push(token_id))
+                self._push(token_id, self._detokenizer.push(token_id))
             return self._delta(self.parser.take())
         whole = Parsed()
         for token_id, found in zip(done.token_ids, done.logprobs, strict=True):
             pieces = self._detokenizer.push(token_id)
             self._likelihoods.push(token_id, found, pieces)
-            self.parser.push(pieces)
+            self._push(token_id, pieces)
             part = self.parser.take()
             self._likelihoods.parsed(len(part.content))
             whole = whole + part
         return self._delta(whole)
+
+    def _push(self, token_id: int, pieces: Sequence[str | Marker]) -> None:
+        self.parser.push(pieces)
+        self._spans.push(token_id, self.parser.calls)
 
     @property
     def stop_string(self) -> str | None:
@@ -235,8 +237,7 @@ class _Choice:
         # A cut call must stay visible as "length", also when an earlier call is complete.
         if finished.reason == "length" and not self.satisfied:
             return "length"
-        # OpenAI reports a call the client itself named as a plain end.
-        return "tool_calls" if self._calls and not self._named_tool else "stop"
+        return "tool_calls" if self._calls else "stop"
 
     def _delta(self, parsed: Parsed, *, last: bool = False) -> Delta | None:
         content = self._stop.push(parsed.content)
@@ -247,6 +248,9 @@ class _Choice:
             ToolCall(id=new_call_id(), index=self._calls + offset, name=call.name, arguments=call.arguments)
             for offset, call in enumerate(calls)
         )
+        for call in numbered:
+            if (written := self._spans.found.get(call.index)) is not None:
+                self._memory.remember(call.id, call.name, call.arguments, written)
         self._calls += len(numbered)
         if not (parsed.reasoning or content or numbered):
             return None
@@ -287,7 +291,7 @@ class _Running:
 
 
 @dataclass
-class Reply:
+class ChatReply:
     """A reply on its way. Stream it or fold it, once; then close it."""
 
     _bridge: Bridge
@@ -296,6 +300,7 @@ class Reply:
     model: str = field(kw_only=True)
     logprobs: int | None = field(default=None, kw_only=True)  # as in ChatTask
     prompt_tokens: int = field(kw_only=True)  # of all prompts together
+    choices_each: int = field(kw_only=True)  # per prompt
     began: float = field(kw_only=True)
     created: int = field(default_factory=lambda: int(time.time()), kw_only=True)
 
@@ -362,7 +367,8 @@ class Reply:
         usages = [running.finished.usage for running in self._running if running.finished is not None]
         return ReplyDone(
             prompt_tokens=self.prompt_tokens,
-            cached_tokens=usages[0].cached_tokens,
+            # each prompt counts once: its first choice found what was there before this request
+            cached_tokens=sum(usage.cached_tokens for usage in usages[:: self.choices_each]),
             completion_tokens=sum(usage.completion_tokens for usage in usages),
             reasoning_tokens=sum(running.choice.parser.reasoning_tokens for running in self._running),
             canvases=sum(usage.canvases for usage in usages),
@@ -371,26 +377,3 @@ class Reply:
             seconds=time.monotonic() - self.began,
             seconds_to_first_text=None if first_text is None else first_text - self.began,
         )
-
-
-async def fold(items: AsyncIterator[StreamItem], choices: int) -> Folded:
-    """Add a stream up to the reply it describes."""
-    reasoning, content = [""] * choices, [""] * choices
-    calls: list[tuple[ToolCall, ...]] = [()] * choices
-    reasons: list[FinishReason] = ["stop"] * choices
-    stops: list[str | None] = [None] * choices
-    logprobs: list[tuple[ContentToken, ...]] = [()] * choices
-    done: ReplyDone | None = None
-    async for item in items:
-        if isinstance(item, Delta):
-            reasoning[item.choice] += item.reasoning
-            content[item.choice] += item.content
-            calls[item.choice] += item.tool_calls
-            logprobs[item.choice] += item.logprobs
-        elif isinstance(item, ChoiceDone):
-            reasons[item.choice], stops[item.choice] = item.finish_reason, item.stop_string
-        else:
-            done = item
-    assert done is not None, "a stream ends with ReplyDone"
-    folded = zip(reasoning, content, calls, reasons, stops, logprobs, strict=True)
-    return Folded(tuple(FoldedChoice(*parts) for parts in folded), done)

@@ -39,6 +39,7 @@ class ChatTask:
 
     messages: tuple[Mapping[str, Any], ...] = ()
     prompts: tuple[str | tuple[int, ...], ...] = ()
+    suffix: str | None = None  # what comes behind the text: then there is a gap to fill; with `prompts` only
     echo: bool = False  # begin each choice with the prompt it continues; of `prompts` only
     tools: tuple[Mapping[str, Any], ...] = ()
     template_options: Mapping[str, Any] = field(default_factory=dict)  # e.g. enable_thinking

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from engine import MAX_DENOISING_STEPS, MAX_LOGPROBS, Schedule
+from engine import MAX_DENOISING_STEPS, MAX_LOGPROBS, PRESETS, Schedule
 from server.errors import ApiError, invalid
 
 MAX_REPORTED_ERRORS = 10
@@ -64,7 +64,6 @@ def one(value: Any) -> bool:
 
 
 UNSUPPORTED: Mapping[str, MeansOff] = {
-    "response_format": lambda value: isinstance(value, dict) and value.get("type") == "text",
     "prompt_logprobs": zero,
     "repetition_penalty": one,
     "length_penalty": one,
@@ -84,14 +83,6 @@ UNSUPPORTED: Mapping[str, MeansOff] = {
     "modalities": off(["text"]),
     "web_search_options": off(),
     "moderation": off(),
-    "structured_outputs": off(),
-    "guided_json": off(),
-    "guided_regex": off(),
-    "guided_choice": off(),
-    "guided_grammar": off(),
-    "grammar": off(),
-    "json_schema": off(),
-    "regex": off(),
     "chat_template": off(),
     "documents": off(),
     "continue_final_message": off(False),
@@ -110,12 +101,6 @@ MAX_STOP_STRINGS = 4
 MAX_BIASES = 1024
 
 
-# What the presets change of the checkpoint's schedule; README has what each costs and brings on the demo model.
-PRESETS: Mapping[str, Schedule] = {
-    "quality": Schedule(entropy_bound=0.05, confidence_threshold=0.002, stability_threshold=2),
-    "balanced": Schedule(),
-    "fast": Schedule(entropy_bound=0.3, confidence_threshold=0.05),
-}
 _Nats = Annotated[float, Field(ge=0, le=1000, strict=True, allow_inf_nan=False)]
 _Passes = Annotated[int, Field(strict=True, le=MAX_DENOISING_STEPS)]
 

@@ -3,6 +3,7 @@
     python -m engine.demo.evaluate --prompts 1200 --processes 2             # through this engine
     python -m engine.demo.evaluate --prompts 1200 --engine transformers     # the same prompts through transformers
     python -m engine.demo.evaluate --prompts 600 --temperatures 0,0.1,0.7,1,2
+    python -m engine.demo.evaluate --prompts 1200 --presets quality,balanced,fast   # accuracy and steps of each
     python -m engine.demo.evaluate --prompts 1200 --quantize none,fp8,nvfp4,int4  # accuracy and steps a format costs
 
 Knows the corpus's judge and the engine's interface; nothing of how either works.
@@ -29,7 +30,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from engine.demo import corpus
 from engine.demo.dataset import row_of
 from engine.engine import DiffusionEngine
-from engine.interface import CanvasDone, EngineOptions, Finished, GenerationRequest, Sampling
+from engine.interface import PRESETS, CanvasDone, EngineOptions, Finished, GenerationRequest, Sampling
 
 HERE = Path(__file__).with_name("checkpoint")
 EVALUATION_SEED = 5  # of the corpus; training uses others, and other contents besides
@@ -65,11 +66,12 @@ class Report:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """How to answer. `device` and `quantize` as in EngineOptions; `engine` is a key of ENGINES."""
+    """How to answer. `device` and `quantize` as in EngineOptions; `engine` is a key of ENGINES, `preset` of PRESETS."""
 
     checkpoint: Path
     device: str = "cpu"
     temperature: float = 1.0
+    preset: str = "balanced"
     engine: str = "easel"
     quantize: str | None = None
     quantize_dense: str | None = None
@@ -92,11 +94,17 @@ class EngineAnswerer:
         self._engine = DiffusionEngine.from_options(options)
         self._tokenizer = AutoTokenizer.from_pretrained(setup.checkpoint)
         self._temperature = setup.temperature
+        self._schedule = PRESETS[setup.preset]
 
     def __call__(self, example: corpus.Example, prompt: list[int], seed: int) -> Reply:
-        sampling = Sampling(seed=seed, temperature=self._temperature)
         self._engine.submit(
-            GenerationRequest(id=str(seed), prompt_ids=tuple(prompt), max_tokens=MAX_TOKENS, sampling=sampling)
+            GenerationRequest(
+                id=str(seed),
+                prompt_ids=tuple(prompt),
+                max_tokens=MAX_TOKENS,
+                sampling=Sampling(seed=seed, temperature=self._temperature),
+                schedule=self._schedule,
+            )
         )
         ids: list[int] = []
         steps: list[int] = []
@@ -129,8 +137,8 @@ class TransformersAnswerer:
     """Answers through `transformers`' own generate. Its steps are not reported by it."""
 
     def __init__(self, setup: Setup) -> None:
-        if setup.temperature != 1 or setup.quantize is not None:
-            raise ValueError("transformers has no temperature of its own for this model and does not quantise it")
+        if setup.temperature != 1 or setup.quantize is not None or setup.preset != "balanced":
+            raise ValueError("transformers has no temperature or preset for this model and does not quantise it")
         from transformers import DiffusionGemmaForBlockDiffusion
 
         self._model: Any = DiffusionGemmaForBlockDiffusion.from_pretrained(setup.checkpoint, dtype=torch.float32)
@@ -232,6 +240,7 @@ def main() -> None:
     p.add_argument("--prompts", type=int, default=1200)
     p.add_argument("--families", default=",".join(corpus.FAMILIES), help="comma-separated")
     p.add_argument("--temperatures", default="1", help="comma-separated")
+    p.add_argument("--presets", default="balanced", help=f"{', '.join(PRESETS)}: comma-separated")
     p.add_argument("--quantize", default="none", help="none, fp8, nvfp4, int4: formats to load it in, comma-separated")
     p.add_argument("--quantize-dense", choices=("fp8",), help="attention and dense MLP too")
     p.add_argument("--engine", choices=tuple(ENGINES), default="easel")
@@ -244,25 +253,29 @@ def main() -> None:
     families = a.families.split(",")
     if unknown := sorted(set(families) - set(corpus.FAMILIES)):
         p.error(f"unknown families: {', '.join(unknown)}; there are {', '.join(corpus.FAMILIES)}")
+    presets = a.presets.split(",")
+    if unknown := sorted(set(presets) - set(PRESETS)):
+        p.error(f"unknown presets: {', '.join(unknown)}; there are {', '.join(PRESETS)}")
     formats = [None if name == "none" else name for name in a.quantize.split(",")]
     if a.engine != "easel" and formats != [None]:
         p.error("only easel quantises while loading")
     if a.quantize_dense and None in formats:
         p.error("--quantize-dense goes with formats, not with none")
     reports = {}
-    for form, temperature in itertools.product(formats, map(float, a.temperatures.split(","))):
+    for form, preset, temperature in itertools.product(formats, presets, map(float, a.temperatures.split(","))):
         setup = Setup(
             checkpoint=a.checkpoint,
             device=a.device,
             temperature=temperature,
+            preset=preset,
             engine=a.engine,
             quantize=form,
             quantize_dense=a.quantize_dense,
         )
         report = evaluate(setup, -(-a.prompts // len(families)), families=families, processes=a.processes)
-        named = str(temperature) if form is None else f"{form}, {temperature}"
+        named = ", ".join([*([form] if form else []), *([preset] if preset != "balanced" else []), str(temperature)])
         reports[named] = asdict(report)
-        title = f"{a.engine}, {form or 'as stored'}, temperature {temperature}"
+        title = f"{a.engine}, {form or 'as stored'}, {preset}, temperature {temperature}"
         print(_line(report) if a.brief else f"{title}\n{_table(report)}\n", flush=True)
         for reply in report.wrong[: a.wrong]:
             print(f"{reply.family}: {reply.question!r} -> {reply.text!r}")

@@ -260,7 +260,7 @@ def slots_figure(bench: Bench, slots: int, prefix: int) -> Figure:
 def beside_figure(bench: Bench, prompt: int, prefix: int) -> Figure:
     """A long prompt arrives in slot 1 while slot 0 writes: the step that slot 0 gets, and how long slot 1 waits."""
     rig, clock = bench.rig, bench.clock
-    chunks = rig.chunks(rig.ids(prompt))
+    chunks = rig.chunks(rig.ids(prompt), beside=True)
     alone = denoise_step(bench, prefix)
     for chunk in chunks[:WARM_UP]:
         rig.step(commit=(chunk, 1))

@@ -17,6 +17,7 @@ from engine.canvas import Canvas
 from engine.checkpoint import Checkpoint
 from engine.engine import DiffusionEngine
 from engine.interface import EngineError, EngineInfo, EngineOptions, GenerationRequest, Sampling
+from engine.options import chunk_beside
 
 
 class Rig:
@@ -34,13 +35,14 @@ class Rig:
         """Raises EngineError if there is no memory for the context."""
         options = EngineOptions(model=title, context_length=context)
         self._chunk = options.commit_chunk
+        self._chunk_beside = chunk_beside(checkpoint.device, checkpoint.config.canvas_length, self._chunk)
         self.config = checkpoint.config
         self._engine = DiffusionEngine.from_checkpoint(checkpoint, options, kernels=kernels, slots=slots)
         parts = self._engine.parts
         self._model, self._denoiser, self._caches = parts.model, parts.denoiser, parts.caches
         self._canvases: list[Canvas | None] = [None] * slots
         self._opened = 0
-        self._served = ""
+        self._served: list[str] = []
         self._random = Random(0)
 
     @property
@@ -62,9 +64,10 @@ class Rig:
             cache.reset()
         self._canvases = [None] * len(self._caches)
 
-    def chunks(self, ids: Sequence[int]) -> list[Sequence[int]]:
-        """A prompt as the engine commits it: pass by pass."""
-        return [ids[start : start + self._chunk] for start in range(0, len(ids), self._chunk)]
+    def chunks(self, ids: Sequence[int], *, beside: bool = False) -> list[Sequence[int]]:
+        """A prompt as the engine commits it, pass by pass; `beside`: while other slots denoise."""
+        size = self._chunk_beside if beside else self._chunk
+        return [ids[start : start + size] for start in range(0, len(ids), size)]
 
     @torch.inference_mode()
     def commit(self, ids: Sequence[int], slot: int = 0) -> None:
@@ -99,16 +102,20 @@ class Rig:
     def serve(self, ids: Sequence[int]) -> None:
         """Bring a request to its first denoise pass, through the engine's front door; `serving` runs the next ones."""
         self.clear()
+        self.submit(ids)
+        for _ in self.chunks(ids):
+            self.serving()
+
+    def submit(self, ids: Sequence[int]) -> None:
+        """Queue a request of the engine."""
         self._opened += 1
-        self._served = f"bench-{self._opened}"
+        self._served.append(f"bench-{self._opened}")
         length = self.info.canvas_length
         self._engine.submit(
             GenerationRequest(
-                id=self._served, prompt_ids=tuple(ids), max_tokens=length, sampling=Sampling(seed=self._opened)
+                id=self._served[-1], prompt_ids=tuple(ids), max_tokens=length, sampling=Sampling(seed=self._opened)
             )
         )
-        for _ in self.chunks(ids):
-            self.serving()
 
     def serving(self) -> None:
         """One step of the engine. Raises EngineError if it ended the request."""
@@ -116,8 +123,10 @@ class Rig:
             raise EngineError(f"a request of random weights ended: {event}")
 
     def served(self) -> None:
-        """End the request."""
-        self._engine.cancel(self._served)
+        """End the engine's requests."""
+        for request_id in self._served:
+            self._engine.cancel(request_id)
+        self._served.clear()
         self._engine.step()
 
     @torch.inference_mode()

@@ -13,11 +13,12 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from server.chat import ChatService, Reply
+from server.chat import ChatService
 from server.dialects.anthropic_schema import CountRequest, MessagesRequest
 from server.dialects.openai_chat import easel
 from server.errors import ApiError, unknown_model
 from server.exchange import ChatTask, ChoiceDone, Delta, FinishReason, ReplyDone, ToolCall
+from server.replies import Reply
 from server.schema import parse
 from server.sse import Framing
 

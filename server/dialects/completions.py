@@ -14,9 +14,10 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from server.chat import Reply
 from server.dialects.openai_chat import easel, usage
+from server.dialects.structure_schema import ResponseFormatFields
 from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta
+from server.replies import Reply
 from server.schema import UNSUPPORTED, SamplingFields, TopLogprobs, parse, refuse, refuse_unbuilt
 from server.sse import Framing
 
@@ -24,7 +25,7 @@ Json = dict[str, Any]
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_CHOICES = 64  # of all prompts together
-_HONOURED = frozenset({"echo", "best_of"})
+_HONOURED = frozenset({"echo", "best_of", "suffix"})
 _UNSUPPORTED = {
     **{name: means_off for name, means_off in UNSUPPORTED.items() if name not in _HONOURED},
 }
@@ -53,10 +54,11 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(SamplingFields, ResponseFormatFields):
     """The body of `POST /v1/completions`."""
 
     prompt: Prompt
+    suffix: str | None = None
     echo: bool | None = None
     best_of: Annotated[int, Field(ge=1, strict=True)] | None = None
     logprobs: TopLogprobs | None = None  # 0 asks for the token's own
@@ -71,6 +73,9 @@ class CompletionRequest(SamplingFields):
     def _check_echo(self) -> CompletionRequest:
         if self.echo and self.logprobs is not None:
             raise refuse("logprobs", "is not supported together with 'echo': a prompt's logprobs are not computed")
+        for name, value in (("echo", self.echo), ("logprobs", self.logprobs is not None)):
+            if self.suffix and value:
+                raise refuse(name, "is not supported together with 'suffix'")
         return self
 
     @model_validator(mode="after")
@@ -135,10 +140,12 @@ def read(document: bytes) -> AskedCompletion:
     request = parse(CompletionRequest, document)
     task = ChatTask(
         prompts=request.prompts,
+        suffix=request.suffix or None,
         echo=bool(request.echo),
         model=request.model,
         max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
         logprobs=request.logprobs,
+        structure=request.structure(),
         **request.sampling(),
     )
     include_usage = bool(request.stream_options and request.stream_options.include_usage)

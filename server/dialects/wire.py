@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Any, Protocol
 
-from server.chat import Reply
 from server.exchange import ChatTask
+from server.replies import Reply
 from server.sse import Framing
 
 Json = dict[str, Any]

@@ -127,29 +127,54 @@ def test_rooflines_are_of_what_was_measured() -> None:
     assert found["canvas@16"].also == (pytest.approx(16_000 / (found["canvas@16"].value or 0)), "tokens/s")
 
 
-def test_the_passes_are_those_of_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes: list[tuple[list[int], list[int]]] = []
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], list[int]]]:
+    """Every pass that is run: slots of its canvases, lengths of what it commits."""
+    seen: list[tuple[list[int], list[int]]] = []
     step = Denoiser.step
 
     def watched(denoiser: Denoiser, canvases: Any, caches: Any, commits: Any = ()) -> None:
-        passes.append(([canvas.slot for canvas in canvases], [len(ids) for ids, _ in commits]))
+        seen.append(([canvas.slot for canvas in canvases], [len(ids) for ids, _ in commits]))
         step(denoiser, canvases, caches, commits)
 
     monkeypatch.setattr(Denoiser, "step", watched)
-    checkpoint = random_checkpoint(plan_random("tiny", "bf16"), torch.device("cpu"), torch.float32)
-    rig = Rig(checkpoint, title="tiny", kernels="reference", context=1024)
-    rig.serve(rig.ids(700))
-    rig.serving()
-    served = passes.copy()
-    rig.served()
-    assert served == [([], [512]), ([0], [188]), ([0], [])]
-    passes.clear()
     monkeypatch.setattr(figures, "WARM_UP", 0)
     monkeypatch.setattr(figures, "FEW", 1)
-    ceilings = Ceilings(bandwidth=1e10, matrix_rate=1e12)
-    layout = plan_random("tiny", "bf16").layout
-    figures.first_text_figure(Bench(rig, Clock(torch.device("cpu")), layout, ceilings, 4, steps=2), 700, 2)
+    return seen
+
+
+def rigged(slots: int) -> Bench:
+    plan = plan_random("tiny", "bf16")
+    checkpoint = random_checkpoint(plan, torch.device("cpu"), torch.float32)
+    rig = Rig(checkpoint, title="tiny", kernels="reference", context=1024, slots=slots)
+    return Bench(rig, Clock(torch.device("cpu")), plan.layout, Ceilings(bandwidth=1e10, matrix_rate=1e12), 4, steps=2)
+
+
+def test_the_passes_are_those_of_the_engine(passes: list[tuple[list[int], list[int]]]) -> None:
+    bench = rigged(1)
+    bench.rig.serve(bench.rig.ids(700))
+    bench.rig.serving()
+    served = passes.copy()
+    bench.rig.served()
+    assert served == [([], [512]), ([0], [188]), ([0], [])]
+    passes.clear()
+    figures.first_text_figure(bench, 700, 2)
     assert passes == served
+
+
+def test_a_prompt_beside_a_reply_comes_in_as_in_the_engine(passes: list[tuple[list[int], list[int]]]) -> None:
+    bench = rigged(2)
+    bench.rig.serve(bench.rig.ids(16))
+    bench.rig.submit(bench.rig.ids(48))
+    passes.clear()
+    for _ in range(2):
+        bench.rig.serving()
+    served = passes.copy()
+    bench.rig.served()
+    assert served == [([0], [16]), ([0], [16])]
+    passes.clear()
+    figures.beside_figure(bench, 48, 16)
+    assert passes[-3:] == [([0], [16])] * 3
 
 
 def test_a_figure_that_has_no_memory_is_left_out(

@@ -1,0 +1,242 @@
+"""Infill: text that fits between a prompt and a suffix, which only a canvas that sees both sides can write.
+
+The suffix stands held on the canvas behind a gap. How long the gap is nobody knows, so several lengths are tried, a
+batch of canvases at a time, and the likeliest is kept: by the mean log-probability, at temperature 1, of the tokens in
+the gap and of the suffix behind it, as the model would have written them. Long gaps are tried only where no short one
+is convincing. Knows prompts, lengths and scores; no wire format.
+
+Invariant: prompt + text + suffix is what the model was shown, but for what a stop string cuts off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field, replace
+
+from engine import CanvasRead, CanvasRequest
+from server import errors
+from server.canvases import read_canvases
+from server.chat import ChatService, check_biases, choose_seed, sampling
+from server.errors import invalid
+from server.exchange import ChatTask, ChoiceDone, Delta, FinishReason, ReplyDone, StreamItem
+from server.output_parser import StopStrings
+from server.prompt import PromptTooLong
+from server.replies import Folded, Reply, fold
+
+EOS = "<eos>"
+SHORT = tuple(range(1, 9))  # gap lengths tried first
+LONG = (10, 12, 15, 19, 24, 30, 38, 48), (60, 75, 94, 118, 147, 184, 230)  # and then, a batch at a time
+CONVINCING = -0.1  # mean log-probability from which on nothing longer is tried
+RIGHT_CONTEXT = 16  # tokens of the suffix that must have room on the canvas, and that count for the score
+
+
+@dataclass(frozen=True)
+class _Gap:
+    """What is to be filled. `spaces` ended the prompt; they are part of the gap, where they make better tokens."""
+
+    prompt: tuple[int, ...]
+    spaces: str
+    suffix: tuple[int, ...]
+    most: int  # tokens of the gap
+
+    def canvas(self, length: int, canvas_length: int) -> tuple[int | None, ...]:
+        """The canvas with a gap of so many tokens; what of the suffix has no room is left away."""
+        return ((None,) * length + self.suffix)[:canvas_length]
+
+
+@dataclass(frozen=True)
+class _Try:
+    """One length that became certain."""
+
+    text: str
+    tokens: int
+    score: float
+
+
+@dataclass
+class _Work:
+    """What it all cost."""
+
+    canvases: int = 0
+    steps: int = 0
+    completion_tokens: int = 0
+    first_text: float | None = None
+
+
+async def open_reply(service: ChatService, task: ChatTask) -> Reply:
+    """Start a task, be it infill or not. Raises ApiError before anything of the reply exists."""
+    if task.suffix is None:
+        return await service.open(task)
+    if task.model is not None and task.model not in service.model_names:
+        raise errors.unknown_model(task.model, service.model_names)
+    began = time.monotonic()
+    # Long prompts take a while to tokenise; other replies go on meanwhile.
+    gaps = await asyncio.to_thread(_gaps, service, task)
+    check_biases(task, service.bridge.info.vocab_size)
+    return InfillReply(service, task, gaps, began)
+
+
+def _gaps(service: ChatService, task: ChatTask) -> list[_Gap]:
+    prompts, info = service.prompts, service.bridge.info
+    assert task.suffix is not None, "this is infill"
+    # what surely has no room on a canvas need not be tokenised
+    suffix = prompts.encode_raw(task.suffix[: info.canvas_length * prompts.longest], begin=False)
+    if not suffix or suffix[-1] not in info.eos_ids:
+        suffix = [*suffix, *([prompts.control.ids[EOS]] if EOS in prompts.control.ids else [])]
+    most = info.canvas_length - min(len(suffix), RIGHT_CONTEXT)
+    if task.max_tokens is not None:
+        most = min(most, task.max_tokens)
+    gaps = []
+    for prompt in task.prompts:
+        text = prompt.rstrip(" ") if isinstance(prompt, str) else ""
+        healed = text and isinstance(prompt, str)
+        try:
+            ids = prompts.raw(text if healed else prompt or [_begin(service)], info.context_length).ids
+        except PromptTooLong as error:
+            raise _too_long(service, error.tokens, exact=False) from error
+        if len(ids) >= info.context_length:
+            raise _too_long(service, len(ids))
+        spaces = prompt[len(text) :] if healed and isinstance(prompt, str) else ""
+        gaps.append(_Gap(ids, spaces, tuple(suffix), most))
+    return gaps
+
+
+def _begin(service: ChatService) -> int:
+    """What a prompt of nothing begins with."""
+    begin = service.prompts.encode_raw("", begin=True)
+    if not begin:
+        raise invalid("The prompt is empty", param="prompt")
+    return begin[0]
+
+
+def _too_long(service: ChatService, tokens: int, *, exact: bool = True) -> errors.ApiError:
+    context = service.bridge.info.context_length
+    return errors.context_length_exceeded(
+        exact=exact, prompt_tokens=tokens, completion_tokens=1, context_length=context, param="prompt"
+    )
+
+
+@dataclass
+class InfillReply:
+    """The filled gaps, one choice each (n of each prompt). Tokens of all lengths tried count as work, not as reply."""
+
+    _service: ChatService
+    _task: ChatTask
+    _gaps: Sequence[_Gap]
+    _began: float
+    id: str = field(default_factory=lambda: secrets.token_hex(12))
+    created: int = field(default_factory=lambda: int(time.time()))
+    logprobs: int | None = None
+    _work: _Work = field(default_factory=_Work)
+    _stream: AsyncGenerator[StreamItem, None] | None = None
+
+    @property
+    def model(self) -> str:
+        """The model's name, as the client called it."""
+        return self._task.model or self._service.model_names[0]
+
+    @property
+    def choices(self) -> int:
+        """How many choices the reply has."""
+        return len(self._gaps) * self._task.choices
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens before and behind the gaps."""
+        return sum(len(gap.prompt) + len(gap.suffix) for gap in self._gaps)
+
+    async def close(self) -> None:
+        """Stop what still runs; leaving the stream does the same."""
+        if self._stream is not None:
+            await self._stream.aclose()
+
+    def stream(self) -> AsyncGenerator[StreamItem, None]:
+        """Each filled gap as soon as it is. Raises ApiError when the engine gives up."""
+        self._stream = self._filled()
+        return self._stream
+
+    async def fold(self) -> Folded:
+        """The whole reply at once."""
+        async with aclosing(self.stream()) as items:
+            return await fold(items, self.choices)
+
+    async def _filled(self) -> AsyncGenerator[StreamItem, None]:
+        seed = choose_seed(self._task)
+        for choice in range(self.choices):
+            best = await self._fill(self._gaps[choice // self._task.choices], (seed + choice) % 2**64)
+            stop = StopStrings(self._task.stop)
+            text = stop.push(best.text) + stop.finish() if best is not None else ""
+            if best is not None:
+                self._work.completion_tokens += best.tokens
+            if text:
+                self._work.first_text = self._work.first_text or time.monotonic()
+                yield Delta(choice=choice, content=text)
+            reason: FinishReason = "length" if best is None else "stop"
+            yield ChoiceDone(choice=choice, finish_reason=reason, stop_string=stop.matched)
+        yield self._done(seed)
+
+    async def _fill(self, gap: _Gap, seed: int) -> _Try | None:
+        """The likeliest way to fill a gap; None if no length became certain."""
+        tried: dict[int, _Try | None] = {}
+        for lengths in (SHORT, *LONG):
+            await self._attempt(gap, seed, lengths, tried)
+            best = _best(tried)
+            if best is not None and best.score >= CONVINCING:
+                return best
+        if best is not None and best.tokens > SHORT[-1]:  # the lengths around it were left out
+            close = range(max(1, best.tokens - 4), best.tokens + 5)
+            await self._attempt(gap, seed, close, tried)
+        return _best(tried)
+
+    async def _attempt(self, gap: _Gap, seed: int, lengths: Sequence[int], tried: dict[int, _Try | None]) -> None:
+        """Try gap lengths that were not tried yet."""
+        new = [length for length in lengths if length <= gap.most and length not in tried]
+        info = self._service.bridge.info
+        never = {*info.eos_ids, *self._service.prompts.control.names}
+        biases = {**dict(self._task.logit_bias), **dict.fromkeys(never, -100.0)}
+        drawn = replace(sampling(self._task, seed), logit_bias=tuple(sorted(biases.items())))
+        requests = [
+            CanvasRequest(
+                id="",
+                prompt_ids=gap.prompt,
+                canvas=gap.canvas(length, info.canvas_length),
+                sampling=drawn,
+                schedule=self._task.schedule,
+            )
+            for length in new
+        ]
+        for length, result in zip(
+            new, await read_canvases(self._service.bridge, requests, param="prompt"), strict=True
+        ):
+            self._work.canvases += 1
+            self._work.steps += result.usage.denoise_steps
+            tried[length] = None if result.read is None else self._judge(gap, length, result.read)
+
+    def _judge(self, gap: _Gap, length: int, read: CanvasRead) -> _Try | None:
+        text = self._service.prompts.decode(read.token_ids[:length])
+        if not text.startswith(gap.spaces):
+            return None
+        counted = read.logprobs[: length + RIGHT_CONTEXT]
+        return _Try(text.removeprefix(gap.spaces), length, sum(counted) / len(counted))
+
+    def _done(self, seed: int) -> ReplyDone:
+        work, now = self._work, time.monotonic()
+        return ReplyDone(
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=0,  # of one canvas to the next, which is no merit of the prompt
+            completion_tokens=work.completion_tokens,
+            reasoning_tokens=0,
+            canvases=work.canvases,
+            steps=work.steps,
+            seed=seed,
+            seconds=now - self._began,
+            seconds_to_first_text=None if work.first_text is None else work.first_text - self._began,
+        )
+
+
+def _best(tried: dict[int, _Try | None]) -> _Try | None:
+    return max((each for each in tried.values() if each is not None), key=lambda each: each.score, default=None)
