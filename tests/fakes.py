@@ -259,7 +259,6 @@ class FakeEngine:
         return events
 
     def stats(self) -> EngineStats:
-        self._check_thread()
         ids = tuple(running.request.id for running in self._queue)
         return EngineStats(
             slots=1,
