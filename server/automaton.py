@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from itertools import takewhile
 
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine import ConstraintError
 from server.prompt import PromptRenderer
@@ -21,6 +21,8 @@ MAX_GRAMMAR_CHARACTERS = 1_000_000
 KEPT = 64  # compiled grammars
 _STACK_BYTES = 512 * 2**20  # address space, not memory: only what is used is ever taken
 _MESSAGE_CHARACTERS = 300
+# llguidance's own, but for the rows: an object of 1,000 properties that may all be left out takes one of 4,000 items.
+_LIMITS = LLParserLimits(max_items_in_row=8_000, verbose_errors=False)
 
 
 class BadGrammar(Exception):
@@ -78,7 +80,7 @@ class Automaton:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ConstraintError(f"the grammar became too complex to follow: {_line(self._matcher.get_error())}")
+            raise ConstraintError(f"the grammar became too complex to follow: {line(self._matcher.get_error())}")
 
 
 class GrammarCompiler:
@@ -108,7 +110,7 @@ class GrammarCompiler:
         made: list[LLMatcher] = []
 
         def work() -> None:
-            matcher = LLMatcher(self._tokenizer, grammar, log_level=0)
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
             if not matcher.is_error():
                 matcher.compute_bitmask()  # the first mask is the slowest, and tells what the grammar itself does not
             made.append(matcher)
@@ -122,11 +124,11 @@ class GrammarCompiler:
         thread.join()
         (matcher,) = made
         if matcher.is_error():
-            raise BadGrammar(_line(matcher.get_error()))
+            raise BadGrammar(line(matcher.get_error()))
         return matcher
 
 
-def _line(message: str) -> str:
+def line(message: str) -> str:
     """The part of a message of llguidance that is about the grammar, in one line."""
     lines = takewhile(lambda line: not line.startswith("<state>"), message.splitlines())
     return " ".join(" ".join(lines).split())[:_MESSAGE_CHARACTERS]

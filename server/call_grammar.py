@@ -17,9 +17,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from llguidance import regex_to_lark
+from llguidance import LLMatcher, regex_to_lark
 
-from server.automaton import BadGrammar
+from server.automaton import BadGrammar, line
 from server.json_grammar import FORMATS, UNREADABLE
 from server.schema_algebra import ALL_TYPES, NUMERIC, both, exclusive, kinds_of, same
 from server.tool_schema import kind_of, resolve
@@ -85,7 +85,7 @@ def call_rules(tools: Mapping[str, Any], quote_id: int) -> tuple[str, list[str]]
             arguments = _Schema(schema, rules).arguments()
         except (BadGrammar, *UNREADABLE) as error:
             raise BadGrammar(f"the parameters of '{name}': {error}"[:500]) from error
-        calls.append(f"{_literal(f'call:{name}')} {arguments}")
+        calls.append(f"{literal(f'call:{name}')} {arguments}")
     return rules.add(" | ".join(calls)), rules.lines()
 
 
@@ -234,13 +234,13 @@ class _Schema:
 
     def _constant(self, value: Any) -> str:
         if isinstance(value, str):
-            return self._rules.text(_literal(value) if value else "")
+            return self._rules.text(literal(value) if value else "")
         if isinstance(value, list):
             return " ".join(['"["', *_joined([self._constant(each) for each in value]), '"]"'])
         if isinstance(value, dict):
             pairs = [f"{self._key(key)} {self._constant(value[key])}" for key in _ordered(value)]
             return " ".join(['"{"', *_joined(pairs), '"}"'])
-        return _literal(json.dumps(value))
+        return literal(json.dumps(value))
 
     def _kind(self, kind: str, node: Json, depth: int) -> str | None:
         if kind == "null":
@@ -289,11 +289,11 @@ class _Schema:
             return None
         tail = ""
         if rest is not None:
-            low, high = max(least - len(first), 0), "" if most is None else most - len(first)
-            tail = f'("," {rest}){{{low},{high}}}'
-            if not first:
-                one_less = "" if high == "" else int(high) - 1
-                tail = f'{rest} ("," {rest}){{{max(low - 1, 0)},{one_less}}}'
+            low, high = max(least - len(first), 0), None if most is None else most - len(first)
+            if first:
+                tail = _times(f'"," {rest}', low, high)
+            else:
+                tail = f"{rest} " + _times(f'"," {rest}', max(low - 1, 0), None if high is None else high - 1)
                 tail = tail if low else f"({tail})?"
         for index in reversed(range(len(first) if most is None else min(len(first), most))):
             item = self.value(first[index], depth)
@@ -337,8 +337,8 @@ class _Schema:
         if not name:
             raise BadGrammar("a property without a name is not supported")
         if _PLAIN_KEY.fullmatch(name):
-            return _literal(f"{name}:")
-        return f'{self._rules.text(_literal(name))} ":"'
+            return literal(f"{name}:")
+        return f'{self._rules.text(literal(name))} ":"'
 
     def _free_key(self, named: Json) -> str:
         taken = "|".join(sorted(re.escape(name) for name in named if re.fullmatch(_KEY, name)))
@@ -355,8 +355,13 @@ def _says_nothing(key: str, node: Json) -> bool:
     return key == "uniqueItems" and value is False
 
 
-def _literal(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
+def _times(item: str, least: int, most: int | None) -> str:
+    return "" if most == 0 else f"({item}){{{least},{'' if most is None else most}}}"
+
+
+def literal(text: str) -> str:
+    """A text as Lark writes one: JSON's way, in which the delete character is no text."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _escaped(regex: str) -> str:
@@ -378,6 +383,9 @@ def _searched(pattern: str) -> str:
     inner = pattern[1 if begins else 0 : len(pattern) - 1 if ends else None]
     if (begins or ends) and _has_outer_bar(inner):
         raise BadGrammar(f"'pattern' {pattern[:100]!r}: put what is between ^ and $ in brackets")
+    problem = LLMatcher.validate_grammar(LLMatcher.grammar_from_regex(inner))
+    if problem:
+        raise BadGrammar(f"'pattern' {pattern[:100]!r}: {line(problem)}")
     return f"/{'' if begins else '(?s:.*)'}({_escaped(inner)}){'' if ends else '(?s:.*)'}/"
 
 

@@ -177,7 +177,6 @@ class _Choice:
         self.echo = _written(task, index, prompts) if task.echo else ""
         self._stop = StopStrings(task.stop)
         self._most_calls = None if task.parallel_tool_calls else 1
-        self._named_tool = task.named_tool
         self._calls = 0
         self._likelihoods = None if task.logprobs is None else Likelihoods(prompts)
         self._memory = memory
@@ -238,8 +237,7 @@ class _Choice:
         # A cut call must stay visible as "length", also when an earlier call is complete.
         if finished.reason == "length" and not self.satisfied:
             return "length"
-        # OpenAI reports a call the client itself named as a plain end.
-        return "tool_calls" if self._calls and not self._named_tool else "stop"
+        return "tool_calls" if self._calls else "stop"
 
     def _delta(self, parsed: Parsed, *, last: bool = False) -> Delta | None:
         content = self._stop.push(parsed.content)

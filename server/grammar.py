@@ -14,7 +14,7 @@ from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 from server.automaton import BadGrammar
-from server.call_grammar import call_rules
+from server.call_grammar import call_rules, literal
 from server.exchange import ChatTask, Structure
 from server.json_grammar import json_grammar
 from server.prompt import CHANNEL_CLOSE, CHANNEL_OPEN, OpensIn
@@ -94,9 +94,11 @@ def _content(structure: Structure) -> Json:
     if structure.kind == "choice":
         if len(value) > MAX_CHOICES or sum(map(len, value)) > MAX_TEXT:
             raise BadGrammar(f"more than {MAX_CHOICES:,} choices, or more than {MAX_TEXT:,} characters of them")
-        return {"lark_grammar": "start: " + " | ".join(json.dumps(each, ensure_ascii=False) for each in value)}
+        return {"lark_grammar": "start: " + " | ".join(map(literal, value))}
     if len(value) > MAX_TEXT:
         raise BadGrammar(f"longer than {MAX_TEXT:,} characters")
+    if any("\ud800" <= symbol <= "\udfff" for symbol in value):
+        raise BadGrammar("half a character is no text")
     if structure.kind == "lark":
         return {"lark_grammar": value}
     if structure.kind == "gbnf":

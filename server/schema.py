@@ -64,7 +64,6 @@ def one(value: Any) -> bool:
 
 
 UNSUPPORTED: Mapping[str, MeansOff] = {
-    "response_format": lambda value: isinstance(value, dict) and value.get("type") == "text",
     "prompt_logprobs": zero,
     "repetition_penalty": one,
     "length_penalty": one,
@@ -84,14 +83,6 @@ UNSUPPORTED: Mapping[str, MeansOff] = {
     "modalities": off(["text"]),
     "web_search_options": off(),
     "moderation": off(),
-    "structured_outputs": off(),
-    "guided_json": off(),
-    "guided_regex": off(),
-    "guided_choice": off(),
-    "guided_grammar": off(),
-    "grammar": off(),
-    "json_schema": off(),
-    "regex": off(),
     "chat_template": off(),
     "documents": off(),
     "continue_final_message": off(False),

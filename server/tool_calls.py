@@ -28,6 +28,7 @@ _KEY = re.compile(r"[^\W\d][\w.$-]{0,99}|[\w.$-]{1,100}")
 _NEXT_KEY = re.compile(rf"\s{{0,20}}([\"'{QUOTE_SIGN}]?)([\w.$-]{{1,100}})\1\s{{0,20}}[:=]")
 _SEPARATOR = re.compile(r"\s*[:=]")
 _LEFTOVERS = re.compile(r"[\s})\];,]*")
+_WORD = re.compile(r"[\w.+-]+")
 _AFTER_QUOTE = re.compile(r"\s*(?:[,}\])]|\Z)")
 _NOTHING_MORE = re.compile(r"[\s})\]]*\Z")
 _ESCAPES = {"n": "\n", "t": "\t", "r": "\r", "b": "\b", "f": "\f", "/": "/", "\\": "\\", '"': '"', "'": "'"}
@@ -63,7 +64,7 @@ def parse_calls(text: str, tools: Mapping[str, Json], *, exact: bool = False) ->
     one whatever it looks like; of a key that comes twice the last counts.
     """
     try:
-        calls, end = _Reader(text, tools, repeats=exact).calls()
+        calls, end = _Reader(text, tools, exact=exact).calls()
     except _Malformed:
         return _json_calls(text, tools)
     return calls if end == len(text) else []
@@ -104,10 +105,10 @@ def _json_calls(text: str, tools: Mapping[str, Json]) -> list[ParsedCall]:
 class _Reader:
     """Recursive descent over the text of one or more calls."""
 
-    def __init__(self, text: str, tools: Mapping[str, Json], *, repeats: bool = False) -> None:
+    def __init__(self, text: str, tools: Mapping[str, Json], *, exact: bool = False) -> None:
         self._text = text
         self._tools = tools
-        self._repeats = repeats  # a key may come twice; otherwise that is a sign of text read wrongly
+        self._exact = exact
         self._at = 0
         self._open: list[str] = []  # what may close each open bracket, outermost first
         self._keys: frozenset[str] = frozenset()  # declared arguments of the call being read
@@ -142,7 +143,7 @@ class _Reader:
         result: Json = {}
         while not self._closed(closers):
             key = self._key()
-            if key in result and not self._repeats:
+            if key in result and not self._exact:  # a sign of text read wrongly
                 raise _Malformed
             result[key] = self._value()
             self._comma(closers)
@@ -273,6 +274,12 @@ class _Reader:
 
     def _bare(self) -> Bare:
         """Unquoted text up to the bracket that closes, or the comma after which the next value begins."""
+        if self._exact:  # it has neither
+            match = _WORD.match(self._text, self._at)
+            if match is None:
+                raise _Malformed
+            self._at = match.end()
+            return Bare(match[0])
         closers = self._open[-1]
         openers = {"}": "{", "]": "[", ")": "("}
         nested: list[str] = []

@@ -122,7 +122,7 @@ def row_kernel(
     target = tl.load(uniforms + row) * all_odds
     tile, before = first_above(weights, running, target, lanes, T)
     height = heights(logits, bias, tile * N + places, vocab, softcap, BIASED, EVEN)
-    weights = exp2(-(top - height) * rate_of(heat))
+    weights = exp2(-tl.maximum(top - height, 0.0) * rate_of(heat))
     place, _ = first_above(weights, tl.cumsum(weights, 0), target - before, places, N)
     tl.store(drawn + row, (tile * N + place).to(tl.int64))
 
@@ -151,6 +151,8 @@ def read_logits(logits: Tensor, softcap: float, draw: Draw) -> Reading:
     """As `reference_output.read_logits`; logits contiguous, bfloat16 or float32."""
     if not logits.is_contiguous():
         raise ValueError(f"logits {list(logits.shape)} must be contiguous, but have strides {logits.stride()}")
+    if draw.bias is not None and (draw.bias.dtype != torch.float32 or not draw.bias.is_contiguous()):
+        raise ValueError(f"the bias must be float32 and contiguous, not {draw.bias.dtype} of {draw.bias.stride()}")
     rows, vocab = logits.shape
     size = tile_size(vocab)
     count = triton.cdiv(vocab, size)

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from pydantic_core import PydanticCustomError
 
 from server.dialects.history import History
-from server.exchange import ChatTask
+from server.dialects.structure_schema import ToolChoice, read_format, read_tool_choice
+from server.exchange import ChatTask, Structure
 from server.schema import (
     BRANCH,
     OPEN,
@@ -34,7 +35,6 @@ Json = dict[str, Any]
 _UNSUPPORTED: Mapping[str, MeansOff] = {
     "mcp_servers": off(),
     "container": off(),
-    "output_format": off(),
     "logprobs": off(False),
 }
 _KNOWN = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
@@ -150,26 +150,25 @@ class AnthropicTool(BaseModel):
         return data
 
     @model_validator(mode="after")
-    def _no_guarantee_yet(self) -> AnthropicTool:
+    def _check_schema(self) -> AnthropicTool:
         if self.input_schema is None:
             raise PydanticCustomError("missing", "a tool needs its input_schema")
-        if self.strict:
-            raise refuse("strict", "is not supported yet: arguments are not constrained to the schema")
         return self
 
 
-class ToolChoice(BaseModel):
-    """Whether a tool may be called."""
+class AnthropicToolChoice(BaseModel):
+    """Whether a tool may or must be called."""
 
     model_config = OPEN
-    type: str
+    type: Literal["auto", "none", "any", "tool"]
+    name: str | None = None
     disable_parallel_tool_use: bool | None = None
 
-    @model_validator(mode="after")
-    def _only_free_choices(self) -> ToolChoice:
-        if self.type not in ("auto", "none"):
-            raise refuse("tool_choice", "is supported as 'auto' and 'none' only, not yet as 'any' or a named tool")
-        return self
+    def as_openai(self) -> Any:
+        """The same in the words of chat completions."""
+        if self.type == "tool":
+            return {"type": "function", "name": self.name}
+        return "required" if self.type == "any" else self.type
 
 
 class Thinking(BaseModel):
@@ -180,15 +179,14 @@ class Thinking(BaseModel):
 
 
 class OutputConfig(BaseModel):
-    """Effort is a hint; a format would be a guarantee."""
+    """Effort is a hint; a format is a guarantee."""
 
     model_config = OPEN
     format: Any = None
 
     @model_validator(mode="after")
-    def _no_format(self) -> OutputConfig:
-        if self.format:
-            raise refuse("output_config", "takes no 'format' yet")
+    def _check_format(self) -> OutputConfig:
+        read_format("format", self.format)
         return self
 
 
@@ -201,7 +199,7 @@ class CountRequest(BaseModel):
     messages: list[AnthropicMessage] = Field(min_length=1)
     system: Content | None = None
     tools: list[AnthropicTool] | None = None
-    tool_choice: ToolChoice | None = None
+    tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
 
     @model_validator(mode="before")
@@ -210,10 +208,20 @@ class CountRequest(BaseModel):
         refuse_unbuilt(data, _UNSUPPORTED)
         return data
 
+    @model_validator(mode="after")
+    def _check_tool_choice(self) -> CountRequest:
+        self.choice()
+        return self
+
+    def choice(self) -> ToolChoice:
+        """Which tools may be called, and whether one must be."""
+        asked = None if self.tool_choice is None else self.tool_choice.as_openai()
+        return read_tool_choice(asked, [tool.name for tool in self.tools or ()])
+
     def prompt(self) -> Json:
         """The fields of a `ChatTask` that make the prompt."""
         choice = self.tool_choice
-        tools = [] if choice is not None and choice.type == "none" else self.tools or []
+        tools = [] if self.choice().hides_tools else self.tools or []
         thinks = self.thinking is not None and self.thinking.type != "disabled"
         return {
             "messages": _history(self.system, self.messages),
@@ -234,6 +242,7 @@ class MessagesRequest(CountRequest):
     stop_sequences: list[str] | None = None
     stream: bool | None = None
     output_config: OutputConfig | None = None
+    output_format: Any = None  # what output_config.format was called before
     easel: EaselOptions | None = None
 
     @model_validator(mode="after")
@@ -241,10 +250,22 @@ class MessagesRequest(CountRequest):
         check_stop_strings("stop_sequences", tuple(self.stop_sequences or ()))
         return self
 
+    @model_validator(mode="after")
+    def _check_structure(self) -> MessagesRequest:
+        self.structure()
+        return self
+
+    def structure(self) -> Structure | None:
+        """The form asked for."""
+        new = read_format("output_config.format", self.output_config.format) if self.output_config else None
+        return new or read_format("output_format", self.output_format)
+
     def task(self) -> ChatTask:
         """The request without its wire detail."""
         return ChatTask(
             **self.prompt(),
+            **self.choice().for_task(),
+            structure=self.structure(),
             **draw(self.temperature, self.top_p, self.top_k),
             schedule=schedule(self.easel),
             max_tokens=self.max_tokens,
@@ -256,6 +277,8 @@ def _tool(tool: AnthropicTool) -> Json:
     function: Json = {"name": tool.name, "parameters": tool.input_schema}
     if tool.description is not None:
         function["description"] = tool.description
+    if tool.strict:
+        function["strict"] = True
     return {"type": "function", "function": function}
 
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.dialects.structure_schema import ResponseFormatFields, ToolChoice, read_tool_choice
 from server.schema import OPEN, UNSUPPORTED, SamplingFields, TokenLimit, TopLogprobs, parse, refuse, refuse_unbuilt
 
 
@@ -180,12 +181,6 @@ class FunctionDefinition(BaseModel):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
-    @model_validator(mode="after")
-    def _no_guarantee_yet(self) -> FunctionDefinition:
-        if self.strict:
-            raise refuse("strict", "is not supported yet: arguments are not constrained to the schema")
-        return self
-
 
 class Tool(BaseModel):
     """A declared tool."""
@@ -203,7 +198,7 @@ class Tool(BaseModel):
         return self
 
 
-class ChatRequest(SamplingFields):
+class ChatRequest(SamplingFields, ResponseFormatFields):
     """The request body. Everything declared here is honoured; see the module docstring for the rest."""
 
     messages: list[Message] = Field(min_length=1)
@@ -229,10 +224,13 @@ class ChatRequest(SamplingFields):
         return self
 
     @model_validator(mode="after")
-    def _refuse_forced_tools(self) -> ChatRequest:
-        if self.tool_choice is not None and self.tool_choice not in ("auto", "none"):
-            raise refuse("tool_choice", "is supported as 'auto' and 'none' only, not yet as 'required' or a named tool")
+    def _check_tool_choice(self) -> ChatRequest:
+        self.choice()
         return self
+
+    def choice(self) -> ToolChoice:
+        """Which tools may be called, and whether one must be."""
+        return read_tool_choice(self.tool_choice, [tool.function.name for tool in self.tools or () if tool.function])
 
 
 def parse_chat_request(body: bytes) -> ChatRequest:

@@ -15,6 +15,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from server.dialects.openai_chat import easel, usage
+from server.dialects.structure_schema import ResponseFormatFields
 from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta
 from server.replies import Reply
 from server.schema import UNSUPPORTED, SamplingFields, TopLogprobs, parse, refuse, refuse_unbuilt
@@ -53,7 +54,7 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(SamplingFields):
+class CompletionRequest(SamplingFields, ResponseFormatFields):
     """The body of `POST /v1/completions`."""
 
     prompt: Prompt
@@ -144,6 +145,7 @@ def read(document: bytes) -> AskedCompletion:
         model=request.model,
         max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
         logprobs=request.logprobs,
+        structure=request.structure(),
         **request.sampling(),
     )
     include_usage = bool(request.stream_options and request.stream_options.include_usage)

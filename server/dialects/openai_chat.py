@@ -22,7 +22,7 @@ from server.dialects.chat_schema import (
 )
 from server.dialects.history import History
 from server.errors import invalid
-from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta, Likelihood, ReplyDone, ToolCall
+from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta, FinishReason, Likelihood, ReplyDone, ToolCall
 from server.replies import Folded, FoldedChoice, Reply
 from server.sse import Framing
 
@@ -40,11 +40,11 @@ class AskedChat:
 
     async def body(self, reply: Reply) -> Json:
         """The non-streamed answer."""
-        return body(reply, await reply.fold())
+        return body(reply, await reply.fold(), named_tool=self.task.named_tool)
 
     def chunks(self, reply: Reply) -> AsyncGenerator[Json, None]:
         """The streamed answer."""
-        return chunks(reply, include_usage=self.include_usage)
+        return chunks(reply, include_usage=self.include_usage, named_tool=self.task.named_tool)
 
 
 def read(document: bytes) -> AskedChat:
@@ -56,7 +56,8 @@ def read(document: bytes) -> AskedChat:
 
 def to_task(request: ChatRequest) -> ChatTask:
     """Translate a checked request. Raises ApiError for template options that make no sense."""
-    tools = [] if request.tool_choice == "none" else request.tools or []
+    choice = request.choice()
+    tools = [] if choice.hides_tools else request.tools or []
     limit = request.max_completion_tokens if request.max_completion_tokens is not None else request.max_tokens
     return ChatTask(
         messages=template_messages(request.messages),
@@ -66,11 +67,13 @@ def to_task(request: ChatRequest) -> ChatTask:
         max_tokens=limit,
         parallel_tool_calls=request.parallel_tool_calls is not False,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+        structure=request.structure(),
+        **choice.for_task(),
         **request.sampling(),
     )
 
 
-def body(reply: Reply, folded: Folded) -> Json:
+def body(reply: Reply, folded: Folded, *, named_tool: bool = False) -> Json:
     """The non-streamed answer."""
     return {
         "id": f"chatcmpl-{reply.id}",
@@ -78,14 +81,15 @@ def body(reply: Reply, folded: Folded) -> Json:
         "created": reply.created,
         "model": reply.model,
         "choices": [
-            _choice(index, choice, asked=reply.logprobs is not None) for index, choice in enumerate(folded.choices)
+            _choice(index, choice, asked=reply.logprobs is not None, named_tool=named_tool)
+            for index, choice in enumerate(folded.choices)
         ],
         "usage": usage(folded.done),
         "easel": easel(folded.done),
     }
 
 
-async def chunks(reply: Reply, *, include_usage: bool) -> AsyncGenerator[Json, None]:
+async def chunks(reply: Reply, *, include_usage: bool, named_tool: bool = False) -> AsyncGenerator[Json, None]:
     """The streamed answer: role chunks at once, then one chunk per finished canvas."""
     head: Json = {
         "id": f"chatcmpl-{reply.id}",
@@ -108,7 +112,7 @@ async def chunks(reply: Reply, *, include_usage: bool) -> AsyncGenerator[Json, N
                 yield chunk(item.choice, _delta(item), logprobs=_logprobs(item.logprobs) if item.logprobs else None)
             elif isinstance(item, ChoiceDone):
                 finished += 1
-                last = chunk(item.choice, {}, item.finish_reason)
+                last = chunk(item.choice, {}, _finish_reason(item.finish_reason, named_tool))
                 if finished < reply.choices:
                     yield last
             elif include_usage:
@@ -116,6 +120,11 @@ async def chunks(reply: Reply, *, include_usage: bool) -> AsyncGenerator[Json, N
                 yield {**head, "choices": [], "usage": usage(item), "easel": easel(item)}
             else:
                 yield {**last, "easel": easel(item)}
+
+
+def _finish_reason(reason: FinishReason, named_tool: bool) -> FinishReason:
+    """OpenAI reports the call of a tool that the client itself named as a plain end."""
+    return "stop" if named_tool and reason == "tool_calls" else reason
 
 
 def model_card(name: str, *, created: int, context_length: int) -> Json:
@@ -140,7 +149,7 @@ def _delta(delta: Delta) -> Json:
     return result
 
 
-def _choice(index: int, choice: FoldedChoice, *, asked: bool) -> Json:
+def _choice(index: int, choice: FoldedChoice, *, asked: bool, named_tool: bool) -> Json:
     message: Json = {
         "role": "assistant",
         "content": None if choice.tool_calls and not choice.content else choice.content,
@@ -154,7 +163,7 @@ def _choice(index: int, choice: FoldedChoice, *, asked: bool) -> Json:
         "index": index,
         "message": message,
         "logprobs": _logprobs(choice.logprobs) if asked else None,
-        "finish_reason": choice.finish_reason,
+        "finish_reason": _finish_reason(choice.finish_reason, named_tool),
     }
 
 

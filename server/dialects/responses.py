@@ -116,7 +116,7 @@ class AskedResponse:
             "reasoning": {"effort": request.reasoning.effort if request.reasoning else None, "summary": None},
             "store": request.store is not False,
             "temperature": self.task.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": (request.text and request.text.format) or {"type": "text"}},
             "tool_choice": request.tool_choice or "auto",
             "tools": [tool.echoed() for tool in request.tools or []],
             "top_logprobs": request.top_logprobs or 0,
@@ -221,7 +221,8 @@ def read(store: ResponseStore, document: bytes) -> AskedResponse:
     add_input(conversation, request.input)
     # Instructions are of this response only: the next one brings its own.
     instructions = [{"role": "system", "content": request.instructions}] if request.instructions else []
-    tools = [] if request.tool_choice == "none" else request.tools or []
+    choice = request.choice()
+    tools = [] if choice.hides_tools else request.tools or []
     task = ChatTask(
         messages=(*instructions, *conversation.messages),
         tools=tuple(tool.for_task() for tool in tools),
@@ -232,6 +233,8 @@ def read(store: ResponseStore, document: bytes) -> AskedResponse:
         max_tokens=request.max_output_tokens,
         parallel_tool_calls=request.parallel_tool_calls is not False,
         logprobs=request.logprobs,
+        structure=request.structure(),
+        **choice.for_task(),
         **request.draw(),
     )
     if not task.messages:

@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, mode
 
 from server.dialects.chat_schema import CallId, as_result
 from server.dialects.history import History
+from server.dialects.structure_schema import GuidedFields, ToolChoice, read_format, read_tool_choice
+from server.exchange import Structure
 from server.schema import (
     BRANCH,
     OPEN,
@@ -31,6 +33,7 @@ Json = dict[str, Any]
 _UNSUPPORTED: Mapping[str, MeansOff] = {
     **UNSUPPORTED,
     "logprobs": off(False),
+    "response_format": off(),
     "background": off(False),
     "conversation": off(),
     "prompt": off(),
@@ -162,8 +165,6 @@ class FunctionTool(BaseModel):
             raise refuse(f"tool of type {self.type[:40]}", "is not supported: only function tools are")
         if not self.name:
             raise refuse("name", "is missing")
-        if self.strict:
-            raise refuse("strict", "is not supported yet: arguments are not constrained to the schema")
         return self
 
     def for_task(self) -> Json:
@@ -171,6 +172,8 @@ class FunctionTool(BaseModel):
         function: Json = {"name": self.name, "parameters": self.parameters or {}}
         if self.description is not None:
             function["description"] = self.description
+        if self.strict:
+            function["strict"] = True
         return {"type": "function", "function": function}
 
     def echoed(self) -> Json:
@@ -180,7 +183,7 @@ class FunctionTool(BaseModel):
             "name": self.name,
             "description": self.description,
             "parameters": self.parameters,
-            "strict": False,
+            "strict": bool(self.strict),
         }
 
 
@@ -199,13 +202,12 @@ class TextOptions(BaseModel):
     format: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _only_text(self) -> TextOptions:
-        if self.format and self.format.get("type") != "text":
-            raise refuse("format", "is supported as 'text' only, not yet as a schema")
+    def _check_format(self) -> TextOptions:
+        read_format("format", self.format)
         return self
 
 
-class ResponsesRequest(DrawFields):
+class ResponsesRequest(DrawFields, GuidedFields):
     """The whole body."""
 
     input: Input
@@ -232,10 +234,17 @@ class ResponsesRequest(DrawFields):
         return data
 
     @model_validator(mode="after")
-    def _refuse_what_is_not_built_either(self) -> ResponsesRequest:
-        if self.tool_choice is not None and self.tool_choice not in ("auto", "none"):
-            raise refuse("tool_choice", "is supported as 'auto' and 'none' only, not yet as 'required' or a named tool")
+    def _check_tool_choice(self) -> ResponsesRequest:
+        self.choice()
         return self
+
+    def choice(self) -> ToolChoice:
+        """Which tools may be called, and whether one must be."""
+        return read_tool_choice(self.tool_choice, [tool.name for tool in self.tools or ()])
+
+    def own_format(self) -> Structure | None:
+        """The form of the text that `text.format` asks for."""
+        return read_format("text.format", self.text.format) if self.text is not None else None
 
     @property
     def logprobs(self) -> int | None:

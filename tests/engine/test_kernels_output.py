@@ -296,9 +296,12 @@ def test_a_row_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(read_logits(logits, CAP, beside).drawn[unshaped], rest.drawn[unshaped])
 
 
-def test_logits_must_be_contiguous(device: torch.device) -> None:
+def test_what_it_cannot_read_is_said(device: torch.device) -> None:
     with pytest.raises(ValueError, match="contiguous"):
         read_logits(torch.zeros(4, 8, device=device)[:, ::2], CAP, make_draw(4, device))
+    halves = replace(make_draw(4, device), bias=torch.zeros(1, 8, dtype=torch.bfloat16, device=device))
+    with pytest.raises(ValueError, match=r"float32 and contiguous, not torch\.bfloat16"):
+        read_logits(torch.zeros(4, 8, device=device), CAP, halves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

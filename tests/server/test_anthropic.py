@@ -218,7 +218,7 @@ def error(answer: Any, status: int, kind: str) -> str:
         ({"stop_sequences": ["a"] * 5}, "stop_sequences"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
         ({"tools": [{"name": "f"}]}, "input_schema"),
-        ({"tools": [{**TOOL, "strict": True}]}, "strict"),
+        ({"tools": [{**TOOL, "input_schema": {"not": {}}, "strict": True}]}, "'not'"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice"),
         ({"output_format": {"type": "json_schema"}}, "output_format"),

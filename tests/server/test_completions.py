@@ -117,7 +117,7 @@ def test_echo_of_ids_is_their_text(serve: Serve) -> None:
         ({"prompt": ["a"] * 65}, "prompt"),
         ({"best_of": 2}, "best_of"),
         ({"max_tokens": 0}, "max_tokens"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
     ],
 )
 def test_what_is_refused(serve: Serve, fields: dict[str, Any], param: str) -> None:
