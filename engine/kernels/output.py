@@ -1,9 +1,9 @@
 """The output side: what is read off the logits of a pass, and the embedding that goes back in.
 
 Logits are read twice, by programs of one tile of one row, and probabilities written once. The first reading leaves
-four numbers a tile; from these a program a row finds the best height, the entropy and the tile that the draw falls
-in; the second reading writes the probabilities, and in two tiles of each row finds the id. Rows with a top_k, top_p or
-min_p are drawn by `output_filters` instead. Knows rows and how each is drawn; no canvases, no schedule.
+four numbers a tile; from these a program a row finds the entropy and the tiles that hold the best id and the drawn one,
+and looks the two up; the second reading writes the probabilities. Rows with a top_k, top_p or min_p are drawn by
+`output_filters` instead. Knows rows and how each is drawn; no canvases, no schedule.
 
 Invariant: a row's results depend on nothing but the row: no atomics, every sum in an order that only the vocabulary's
 size decides. The host reads nothing, and no shape depends on data: all can be captured in a CUDA graph.
