@@ -84,7 +84,7 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView
             # without a mask the heads that share a key can be rows of one attention: no copies of keys and values
             grouped = queries[rows].transpose(0, 1).reshape(1, keys.shape[2], -1, keys.shape[3])
             seen = F.scaled_dot_product_attention(grouped, seen_keys[None], seen_values[None], scale=1.0)
-            seen = seen.view(queries.shape[1], segment.count, -1)
+            seen = seen.reshape(queries.shape[1], segment.count, -1)
         else:
             position = torch.arange(low, high, device=queries.device)
             mask = (position >= view.low[rows, None]) & (position < view.high[rows, None])

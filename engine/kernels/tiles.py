@@ -8,8 +8,9 @@ Weights are the first operand and rows of x the second: so the wide side of a ma
 are many, and the narrow side holds the few rows an expert has; and Hopper's instruction takes a first operand straight
 from registers, which is where decoding leaves it.
 
-Invariant: a word of 32 bits is decoded into pairs of values that lie 16 bits apart in it, and pairs stay together. The
-product does not care about the order of columns, so x comes `ordered` the same way instead.
+Invariant: a word of 32 bits is decoded into pairs of values that lie 16 bits apart in it, and pairs stay together; rows
+and columns are numbered so that decoded values stay in the thread that decoded them. The product does not care about
+the order of columns, so x comes `ordered` the same way; rows are put right where results are stored.
 """
 
 from __future__ import annotations
@@ -22,17 +23,32 @@ from torch import Tensor
 
 # Triton's interpreter keeps bfloat16 as raw 16-bit integers, multiplies those, truncates where a GPU rounds and spoils
 # zeros; and it runs no PTX. `rounded`, `widened` and `dot` go around that, and on a GPU are the plain operations.
-WORD_HALF = {"plain": 1, "fp8": 2, "nvfp4": 4, "int4": 4}  # values in half a word
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def ordered(x: Tensor, form: str) -> Tensor:
-    """x [R, K] with its columns in the order in which a format's words are decoded."""
-    halves = WORD_HALF[form]
-    if halves == 1:
+    """x [R, K] with its columns in the order in which a format's words are decoded: that of `column_of`."""
+    if form == "plain":
         return x
     rows, width = x.shape
-    return x.view(rows, width // (2 * halves), 2, halves).transpose(2, 3).reshape(rows, width)
+    if form == "fp8":  # quarter, word, half of a pair, pair -> word, pair, quarter, half of a pair
+        split = x.view(rows, width // 64, 4, 4, 2, 2).permute(0, 1, 3, 5, 2, 4)
+    else:
+        split = x.view(rows, width // 64, 4, 2, 2, 2, 2).permute(0, 1, 3, 5, 6, 2, 4)
+    return split.reshape(rows, width)
+
+
+@triton.jit
+def column_of(n, FORMAT: tl.constexpr):
+    """Where `ordered` puts column n."""
+    block = n // 64 * 64
+    quarter = n // 16 % 4
+    if FORMAT == "plain":
+        return n
+    elif FORMAT == "fp8":
+        return block + n // 4 % 4 * 16 + n % 2 * 8 + quarter * 2 + n // 2 % 2
+    else:
+        return block + n // 8 % 2 * 32 + n // 2 % 2 * 16 + n % 2 * 8 + quarter * 2 + n // 4 % 2
 
 
 @triton.jit
@@ -128,19 +144,37 @@ mov.b32 {$0,$1}, v0; mov.b32 {$2,$3}, v1; mov.b32 {$4,$5}, v2; mov.b32 {$6,$7}, 
 }""")
 
 
-@triton.jit
-def _joined4(a, b, c, d):
-    """Four values of each word [N, W] -> [N, 4 W], a word's side by side."""
-    both = tl.join(tl.join(a, c), tl.join(b, d))
-    return tl.reshape(both, (a.shape[0], 4 * a.shape[1]))
+# Which thread of a matrix instruction wants which value of the first operand is given by the instruction; which thread
+# loads which word, by the width of a load. Where rows and columns are numbered so that both are the same thread, decoded
+# values need not travel through shared memory. Of 64 columns, four threads hold a quarter each; of 64 rows, four warps
+# hold eight in each half.
 
 
 @triton.jit
-def _joined8(a, b, c, d, e, f, g, h):
-    """Eight values of each word [N, W] -> [N, 8 W], a word's side by side."""
-    first = tl.join(tl.join(a, e), tl.join(c, g))
-    both = tl.join(first, tl.join(tl.join(b, f), tl.join(d, h)))
-    return tl.reshape(both, (a.shape[0], 8 * a.shape[1]))
+def row_of(i):
+    """Which row of a tile of quantised weights, as loaded, is the i-th of the product."""
+    return i // 64 * 64 + i // 8 % 2 * 32 + i // 16 % 4 * 8 + i % 8
+
+
+@triton.jit
+def _arranged4(a, b, c, d):
+    """Two pairs (a, b), (c, d) of each word [N, W] -> [N, 4 W]: rows as `row_of` says, columns `ordered`."""
+    n: tl.constexpr = a.shape[0]
+    w: tl.constexpr = a.shape[1]
+    pairs = tl.join(tl.join(a, b), tl.join(c, d))  # [N, W, in the pair, pair]
+    split = tl.reshape(pairs, (n // 64, 2, 4, 8, w // 16, 4, 4, 2, 2))
+    return tl.reshape(tl.permute(split, (0, 2, 1, 3, 4, 6, 8, 5, 7)), (n, 4 * w))
+
+
+@triton.jit
+def _arranged8(a, b, c, d, e, f, g, h):
+    """Four pairs (a, b), ... of each word [N, W] -> [N, 8 W]: rows as `row_of` says, columns `ordered`."""
+    n: tl.constexpr = a.shape[0]
+    w: tl.constexpr = a.shape[1]
+    first, second = tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h))
+    pairs = tl.join(first, second)  # [N, W, in the pair, pair % 2, pair // 2]
+    split = tl.reshape(pairs, (n // 64, 2, 4, 8, w // 8, 4, 2, 2, 2, 2))
+    return tl.reshape(tl.permute(split, (0, 2, 1, 3, 4, 6, 9, 8, 5, 7)), (n, 8 * w))
 
 
 @triton.jit
@@ -163,7 +197,7 @@ def _fp8_values(words, dtype: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-    return _joined4(a, b, c, d)
+    return _arranged4(a, b, c, d)
 
 
 @triton.jit
@@ -194,7 +228,7 @@ def _nvfp4_values(words, scales, dtype: tl.constexpr):
     scale = _scale_of(scales, 8, 2, 8)
     if INTERPRETED or dtype != tl.bfloat16:
         f = _e4m3(scale) * 2.0**120 * 2.0**118
-        return _joined8(
+        return _arranged8(
             _e2m1(words, f, 0, dtype), _e2m1(words, f, 4, dtype), _e2m1(words, f, 1, dtype), _e2m1(words, f, 5, dtype),
             _e2m1(words, f, 2, dtype), _e2m1(words, f, 6, dtype), _e2m1(words, f, 3, dtype), _e2m1(words, f, 7, dtype),
         )  # fmt: skip
@@ -208,7 +242,7 @@ def _nvfp4_values(words, scales, dtype: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-        return _joined8(a, b, c, d, e, f, g, h)
+        return _arranged8(a, b, c, d, e, f, g, h)
 
 
 @triton.jit
@@ -228,7 +262,7 @@ def _int4_values(words, scales, dtype: tl.constexpr):
     scale = _scale_of(scales, 8, 4, 16)
     if INTERPRETED or dtype != tl.bfloat16:
         f = (scale << 16).to(tl.float32, bitcast=True)
-        return _joined8(
+        return _arranged8(
             _int4(words, f, 0, dtype), _int4(words, f, 4, dtype), _int4(words, f, 1, dtype), _int4(words, f, 5, dtype),
             _int4(words, f, 2, dtype), _int4(words, f, 6, dtype), _int4(words, f, 3, dtype), _int4(words, f, 7, dtype),
         )  # fmt: skip
@@ -241,7 +275,7 @@ def _int4_values(words, scales, dtype: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-        return _joined8(a, b, c, d, e, f, g, h)
+        return _arranged8(a, b, c, d, e, f, g, h)
 
 
 @triton.jit
