@@ -2,6 +2,7 @@
 #   make serve [PORT=8123] [ARGS="--model ..."]   install if need be, start the server with the bundled demo model
 #   make test  [ARGS="-k canvas"]                 the whole test suite
 #   make test-clients                             other people's clients against the server; installs them first
+#   make fuzz  [CASES=100000]                     the fuzz tests of the suite with so many cases
 #   make check                                    ruff, ruff format, mypy --strict, import contracts
 #   make bench [ARGS="--requests 5"]              speed of the bundled demo model on this machine
 #   make kernels [ARGS="--chip 89"]               what every GPU kernel needs on every chip; takes no GPU
@@ -9,6 +10,7 @@
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PORT ?=
+CASES ?= 100000
 ARGS ?=
 BIN := .venv/bin
 # A stamp per extra, so that a second start installs nothing until the pinned versions change.
@@ -20,10 +22,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --pro
 FAILED := { grep -v '^WARNING' $(LOG) | tail -n 15 >&2; echo "The installation failed; all of it is in $(LOG)." >&2; exit 1; }
 
 .NOTPARALLEL:
-.PHONY: help serve test test-clients check bench kernels clean
+.PHONY: help serve test test-clients fuzz check bench kernels clean
 
 help:
-	@sed -n '2,7s/^#   //p' Makefile
+	@sed -n '2,8s/^#   //p' Makefile
 
 serve: $(STAMP)-run
 	@exec $(BIN)/easel serve $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -41,6 +43,9 @@ test: $(STAMP)-test
 test-clients: $(STAMP)-test .venv-clients/.installed .venv-clients/.installed-node
 	SERVER_PYTHON=$(abspath $(BIN)/python) .venv-clients/bin/python -m pytest \
 	  -c tests/clients/pytest.ini --rootdir tests/clients tests/clients $(ARGS)
+
+fuzz: $(STAMP)-test
+	FUZZ_CASES=$(CASES) $(BIN)/python -m pytest tests/server/test_fuzz.py tests/server/test_own_openapi.py $(ARGS)
 
 check: $(STAMP)-dev
 	$(BIN)/ruff check .
