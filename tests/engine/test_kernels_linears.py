@@ -53,16 +53,17 @@ def test_the_two_weights_may_be_stored_differently(gate_up: str, down: str, devi
     assert_near(gated_mlp(x, first, second), reference.gated_mlp(x, first, second))
 
 
+@pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("form", FORMATS)
-def test_ordered_puts_columns_where_the_kernels_do(form: str, device: torch.device) -> None:
+def test_ordered_puts_columns_where_the_kernels_do(form: str, block: int, device: torch.device) -> None:
     x = torch.arange(256, device=device).view(2, 128)
     placed = torch.empty(128, dtype=torch.int32, device=device)
-    column_kernel[(1,)](placed, FORM=form)
-    assert torch.equal(ordered(x, form)[:, placed.long()], x)
+    column_kernel[(1,)](placed, FORM=form, BLOCK=block)
+    assert torch.equal(ordered(x, form, block)[:, placed.long()], x)
     assert sorted(placed.tolist()) == list(range(128))
 
 
 @triton.jit
-def column_kernel(out, FORM: tl.constexpr):
+def column_kernel(out, FORM: tl.constexpr, BLOCK: tl.constexpr):
     columns = tl.arange(0, 128)
-    tl.store(out + columns, column_of(columns, FORM))
+    tl.store(out + columns, column_of(columns, FORM, BLOCK))
