@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import errors
+from server import errors, openapi
 from server.chat import ChatService
 from server.dialects import anthropic, completions, decisions, editors, openai_chat, responses, tokens
 from server.dialects.response_store import ResponseStore
@@ -156,6 +156,10 @@ def _add_status_routes(app: FastAPI, service: ChatService) -> None:
     @app.get("/")
     async def root() -> Response:
         return JSONResponse({"easel": "POST /v1/chat/completions", "models": list(service.model_names)})
+
+    @app.get("/openapi.json")
+    async def description() -> Response:
+        return JSONResponse(openapi.document())
 
     @app.get("/health")
     async def health() -> Response:

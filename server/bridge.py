@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeVar
 
-from engine import Engine, EngineError, EngineInfo, Event, Finished, Request, Usage
+from engine import Engine, EngineError, EngineInfo, EngineStats, Event, Finished, Request, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +93,7 @@ class Bridge:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._info = engine.info
+        self._stats = engine.stats()
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
         self._seats: dict[str, _Seat] = {}  # touched by the engine thread only
         self._thread: threading.Thread | None = None
@@ -106,6 +107,11 @@ class Bridge:
     def info(self) -> EngineInfo:
         """Facts about the loaded model."""
         return self._info
+
+    @property
+    def stats(self) -> EngineStats:
+        """What the engine was at after its last step, and its counts. May be read from any thread."""
+        return self._stats
 
     @property
     def ready(self) -> bool:
@@ -197,6 +203,7 @@ class Bridge:
         if self._engine.has_work:
             for event in self._engine.step():
                 self._deliver(event)
+            self._stats = self._engine.stats()
         elif self._seats:
             raise RuntimeError(f"the engine is idle but never finished {', '.join(sorted(self._seats))}")
         return not (self._closing and not self._seats and self._inbox.empty())

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field, replace
 from engine import CanvasDone, Constraint, Event, Finished, GenerationRequest, QueueFull, RequestTooLong, Sampling
 from server import errors, tool_schema
 from server.bridge import Bridge, EngineUnavailable
+from server.call_memory import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, CallMemory, CallSpans
 from server.errors import ApiError
 from server.exchange import ChatTask, ChoiceDone, Delta, FinishReason, ReplyDone, StreamItem, ToolCall
 from server.grammar import held, needs_grammar
 from server.likelihoods import Likelihoods
 from server.output_parser import OutputParser, Parsed, StopStrings
-from server.prompt import Prompt, PromptRenderer, PromptTooLong
+from server.prompt import Marker, Prompt, PromptRenderer, PromptTooLong
 from server.replies import Folded, fold
 from server.structure import Structures
 from server.tool_calls import new_call_id
@@ -41,6 +42,7 @@ class ChatService:
         info = bridge.info
         self._structures = Structures(prompts, vocab_size=info.vocab_size, eos_ids=info.eos_ids)
         self.model_names = tuple(dict.fromkeys(model_names))
+        self._calls = CallMemory()
         self.loaded_at = int(time.time())
 
     async def open(self, task: ChatTask) -> ChatReply:
@@ -71,7 +73,8 @@ class ChatService:
             except EngineUnavailable as error:
                 raise errors.unavailable(str(error).capitalize()) from error
             choices = [
-                _Choice(index, task, prompts[index // task.choices], self.prompts) for index in range(len(requests))
+                _Choice(index, task, prompts[index // task.choices], self.prompts, self._calls)
+                for index in range(len(requests))
             ]
             running = [
                 _Running(request, stream, choice)
@@ -84,6 +87,7 @@ class ChatService:
                 model=task.model or self.model_names[0],
                 logprobs=task.logprobs,
                 prompt_tokens=sum(len(prompt.ids) for prompt in prompts),
+                choices_each=task.choices,
                 began=began,
             )
 
@@ -94,7 +98,8 @@ class ChatService:
             if task.prompts:
                 return [self.prompts.raw(prompt, most) for prompt in task.prompts]
             tools = tool_schema.for_template(task.tools)
-            return [self.prompts.render(task.messages, tools, task.template_options, most)]
+            written = self._calls.recall(task.messages)
+            return [self.prompts.render(task.messages, tools, task.template_options, most, calls=written)]
         except PromptTooLong as error:
             raise self._too_long(task, error.tokens, most, exact=False) from error
 
@@ -163,7 +168,7 @@ def sampling(task: ChatTask, seed: int) -> Sampling:
 class _Choice:
     """Text side of one choice: ids to deltas, and why it ended."""
 
-    def __init__(self, index: int, task: ChatTask, prompt: Prompt, prompts: PromptRenderer) -> None:
+    def __init__(self, index: int, task: ChatTask, prompt: Prompt, prompts: PromptRenderer, memory: CallMemory) -> None:
         self.index = index
         self._detokenizer = prompts.detokenizer()
         self.parser = OutputParser(
@@ -174,6 +179,8 @@ class _Choice:
         self._most_calls = None if task.parallel_tool_calls else 1
         self._calls = 0
         self._likelihoods = None if task.logprobs is None else Likelihoods(prompts)
+        self._memory = memory
+        self._spans = CallSpans(*(prompts.control.ids.get(marker) for marker in (TOOL_CALL_OPEN, TOOL_CALL_CLOSE)))
 
     @property
     def satisfied(self) -> bool:
@@ -186,17 +193,21 @@ class _Choice:
             return None
         if self._likelihoods is None:
             for token_id in done.token_ids:
-                self.parser.push(self._detokenizer.push(token_id))
+                self._push(token_id, self._detokenizer.push(token_id))
             return self._delta(self.parser.take())
         whole = Parsed()
         for token_id, found in zip(done.token_ids, done.logprobs, strict=True):
             pieces = self._detokenizer.push(token_id)
             self._likelihoods.push(token_id, found, pieces)
-            self.parser.push(pieces)
+            self._push(token_id, pieces)
             part = self.parser.take()
             self._likelihoods.parsed(len(part.content))
             whole = whole + part
         return self._delta(whole)
+
+    def _push(self, token_id: int, pieces: Sequence[str | Marker]) -> None:
+        self.parser.push(pieces)
+        self._spans.push(token_id, self.parser.calls)
 
     @property
     def stop_string(self) -> str | None:
@@ -237,6 +248,9 @@ class _Choice:
             ToolCall(id=new_call_id(), index=self._calls + offset, name=call.name, arguments=call.arguments)
             for offset, call in enumerate(calls)
         )
+        for call in numbered:
+            if (written := self._spans.found.get(call.index)) is not None:
+                self._memory.remember(call.id, call.name, call.arguments, written)
         self._calls += len(numbered)
         if not (parsed.reasoning or content or numbered):
             return None
@@ -286,6 +300,7 @@ class ChatReply:
     model: str = field(kw_only=True)
     logprobs: int | None = field(default=None, kw_only=True)  # as in ChatTask
     prompt_tokens: int = field(kw_only=True)  # of all prompts together
+    choices_each: int = field(kw_only=True)  # per prompt
     began: float = field(kw_only=True)
     created: int = field(default_factory=lambda: int(time.time()), kw_only=True)
 
@@ -352,7 +367,8 @@ class ChatReply:
         usages = [running.finished.usage for running in self._running if running.finished is not None]
         return ReplyDone(
             prompt_tokens=self.prompt_tokens,
-            cached_tokens=usages[0].cached_tokens,
+            # each prompt counts once: its first choice found what was there before this request
+            cached_tokens=sum(usage.cached_tokens for usage in usages[:: self.choices_each]),
             completion_tokens=sum(usage.completion_tokens for usage in usages),
             reasoning_tokens=sum(running.choice.parser.reasoning_tokens for running in self._running),
             canvases=sum(usage.canvases for usage in usages),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine import CARDS, MemoryPlan, memory_plans, usable
+from engine import CARDS, MemoryPlan, Pools, memory_plans, usable
 from server.address import AddressError, bind
 
 GB = 1e9
@@ -191,16 +191,24 @@ def check_fit(gpus: Sequence[Gpu]) -> Iterator[Finding]:
     crowded = []
     for plan in plans:
         size = f"{plan.format}: {plan.weights / GB:.1f} GB of weights"
-        longest = plan.context(gpu.total)
-        if not longest:
+        if not plan.context(gpu.total):
             yield Finding("note", f"{size} do not fit this GPU (about {plan.needed(SHORT) / GB:.0f} GB needed)")
-        elif not plan.context(gpu.free):
+        elif (pools := plan.pools(gpu.free)) is None:
             crowded.append(plan.format)
         else:
-            yield Finding("good", f"{size} fit this GPU, with a context of up to {longest}")
+            yield Finding("good", f"{size} fit this GPU, {pools_in_words(pools)}")
     if crowded:
         what = f"In use: {'; '.join(crowded)} would fit this GPU, but only {gpu.free / GB:.1f} GB are free"
         yield Finding("problem", what, "Stop what else uses the GPU (nvidia-smi lists it).")
+
+
+def pools_in_words(pools: Pools) -> str:
+    """What a memory plan leaves to requests."""
+    served = f"{pools.slots} requests at a time" if pools.slots > 1 else "one request at a time"
+    return (
+        f"with a context of up to {pools.context} and {served}; {pools.bytes / GB:.1f} GB of KV cache "
+        f"({pools.full} pages of full layers, {pools.sliding} of sliding layers)"
+    )
 
 
 def memory_table(title: str, plans: Sequence[MemoryPlan]) -> str:

@@ -159,8 +159,8 @@ def bench(
         typer.Option("--format", help=f"With --shape, may be given several times: {', '.join(BENCH_FORMATS)}."),
     ] = None,
     steps: Annotated[int | None, typer.Option("--steps", help="With --shape: denoise passes of a canvas.")] = None,
-    slots: Annotated[
-        list[int] | None, typer.Option("--slots", help="With --shape, may be given several times: open canvases.")
+    canvases: Annotated[
+        list[int] | None, typer.Option("--canvases", help="With --shape, may be given several times: open at a time.")
     ] = None,
     only: Annotated[
         list[str] | None,
@@ -180,7 +180,7 @@ def bench(
         "--weights": weights,
         "--format": form,
         "--steps": steps,
-        "--slots": slots,
+        "--canvases": canvases,
         "--only": only,
     }
     theirs |= {"--start-up": start_up, "--profile": profile, "--computed": computed}
@@ -197,7 +197,7 @@ def bench(
         formats=tuple(form or BenchOptions.formats),
         steps=BenchOptions.steps if steps is None else steps,
         prompts=tuple(map(shape_bench.token_count, prompt)) if prompt else BenchOptions.prompts,
-        slots=tuple(slots or BenchOptions.slots),
+        slots=tuple(canvases or BenchOptions.slots),
         only=tuple(only or BENCH_GROUPS),
         start_up=start_up,
         profile=profile,
@@ -377,7 +377,10 @@ def _start_screen(settings: Settings, service: ChatService, address: str) -> Non
         "model": " = ".join([name, *aliases]) + f", {_count(info.parameters)} parameters, from {info.model_path}",
         "device": _engine_line(info),
         "memory": f"{_size(info.weight_bytes)} of weights, {_size(info.kv_bytes)} of KV cache",
-        "context": f"{info.context_length} tokens, canvases of {info.canvas_length}",
+        "pages": " · ".join(f"{count} in {kind} layers" for kind, count in sorted(info.pages.items()))
+        + f", of {info.page_length} tokens each",
+        "context": f"{info.context_length} tokens, canvases of {info.canvas_length}; "
+        + (f"{info.slots} requests at a time" if info.slots > 1 else "one request at a time"),
         "address": f"{address} (OpenAI base URL: {address}/v1)",
     }
     console = Console(highlight=False)

@@ -103,6 +103,19 @@ class EngineSettings(_Section):
         description="Positions a prompt and its reply may take together; the checkpoint's if left out.",
         examples=[32768],
     )
+    slots: int | None = Field(
+        None,
+        ge=1,
+        le=8,
+        description="Requests served at the same time, 1 to 8; 4 where memory allows if left out.",
+        examples=[4],
+    )
+    kv_memory: float | None = Field(
+        None,
+        gt=0,
+        description="Gigabytes for keys and values; as much as is of use, where memory allows, if left out.",
+        examples=[8.0],
+    )
     quantize: Literal["fp8", "nvfp4", "int4"] | None = Field(
         None,
         description="Quantise a bf16 checkpoint while loading: fp8, or the experts to nvfp4 or int4.",
@@ -123,6 +136,8 @@ class EngineSettings(_Section):
             dtype=self.dtype,
             kernels=self.kernels,
             context_length=self.context,
+            slots=self.slots,
+            kv_memory=self.kv_memory,
             quantize=self.quantize,
             quantize_dense=self.quantize_dense,
             max_waiting=self.max_waiting,

@@ -75,7 +75,7 @@ def context_length_exceeded(
     message = (
         f"This model's maximum context length is {context_length} tokens. However, you requested {total} tokens "
         f"({prompt_tokens} in the {param}, {completion_tokens} in the completion). Please reduce the length of the "
-        f"{param} or completion."
+        f"{param} or completion. The longest prompt that fits has {context_length - 1} tokens."
     )
     return ApiError(400, message, param=param, code="context_length_exceeded")
 

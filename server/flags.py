@@ -17,7 +17,14 @@ from server.config import ENV_PREFIX, SECTIONS, Settings, load_settings
 
 # A secret in a command line can be read by everybody on the machine.
 NEVER_TYPED = frozenset({"api_key"})
-_TYPES: dict[str, Any] = {"port": int, "context": int, "max_waiting": int, "alias": list[str]}  # str for all others
+_TYPES: dict[str, Any] = {  # str for all others
+    "port": int,
+    "context": int,
+    "slots": int,
+    "kv_memory": float,
+    "max_waiting": int,
+    "alias": list[str],
+}
 
 
 def takes_settings(*tables: str) -> Callable[[Callable[..., None]], Callable[..., None]]:

@@ -12,12 +12,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-from server.prompt import CHANNEL_CLOSE, CHANNEL_OPEN, TURN_OPEN, Marker, OpensIn
+from server.call_memory import TOOL_CALL_CLOSE, TOOL_CALL_OPEN
+from server.prompt import (
+    CHANNEL_CLOSE,
+    CHANNEL_OPEN,
+    TURN_OPEN,
+    Marker,
+    OpensIn,
+)
 from server.tool_calls import QUOTE, QUOTE_SIGN, ParsedCall, parse_calls, parse_leading_calls, shown
 from server.tool_schema import Json
 
-TOOL_CALL_OPEN = "<|tool_call>"
-TOOL_CALL_CLOSE = "<tool_call|>"
 # After these the model's turn is over. The engine stops at them; text behind one in the same canvas is noise.
 _ENDS_TURN = frozenset({"<turn|>", TURN_OPEN, "<eos>", "<bos>", "<|tool_response>"})
 _LABEL = "thought\n"  # first line of a thought channel
@@ -68,6 +73,7 @@ class OutputParser:
         self._call: list[str] = []  # text of the open call, the quote token as QUOTE_SIGN
         self._out = Parsed()
         self.reasoning_tokens = 0
+        self.calls = 0  # found so far
 
     @property
     def ended(self) -> bool:
@@ -211,6 +217,7 @@ class OutputParser:
                 calls = parse_calls(text, self._tools, exact=self._exact)
                 rest = "" if calls else text
         self._out.calls += calls
+        self.calls += len(calls)
         # Never invented arguments: what cannot be read as a call is shown as it was written.
         self._out.content += shown(rest)
         self._after_call = bool(calls)

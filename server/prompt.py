@@ -23,6 +23,7 @@ from typing import Any, Literal, Protocol
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
+from server.call_memory import Written, with_written_calls
 from server.errors import invalid
 
 OpensIn = Literal["content", "channel", "reasoning"]
@@ -154,8 +155,13 @@ class PromptRenderer:
         tools: Iterable[Mapping[str, Any]] = (),
         options: Mapping[str, Any] | None = None,
         most: int | None = None,
+        *,
+        calls: Sequence[tuple[int, ...] | None] = (),
     ) -> Prompt:
         """Messages, tools and template options to ids. Raises ApiError (400) when the template cannot render them.
+
+        `calls`: for each tool call in the messages, the ids that the model wrote between its markers, None = unknown.
+        They stand for what the template makes of the call, if it puts every call between markers of its own.
 
         `most`: tokens that would be taken. PromptTooLong is raised where it is certain before tokenising that there
         are more; a few megabytes take seconds to tokenise.
@@ -163,8 +169,12 @@ class PromptRenderer:
         ids: list[int] = []
         pieces = list(self._rendered(messages, tools, options or {}))
         self._bound(sum(len(piece) for piece, _ in pieces), most)
-        for piece, is_control in pieces:
-            ids += [self.control.ids[piece]] if is_control else self.encode(piece)
+        for piece in with_written_calls(pieces, calls):
+            if isinstance(piece, Written):
+                ids += piece.ids
+            else:
+                text, is_control = piece
+                ids += [self.control.ids[text]] if is_control else self.encode(text)
         return Prompt(tuple(ids), self._opens_in(ids))
 
     def text(

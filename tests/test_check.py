@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import struct
@@ -89,6 +90,14 @@ def test_which_formats_fit(gigabytes: float, fitting: set[str]) -> None:
     assert {name for name, level in _levels(found).items() if level == "good"} == fitting
     assert {name for name, level in _levels(found).items() if level == "note"} == {"bf16", "fp8", *FOUR_BIT} - fitting
     assert all("context of up to" in f.what for f in found if f.level == "good")
+    assert all(
+        re.search(r"GB of KV cache \(\d+ pages of full layers, \d+ of sl", f.what) for f in found if f.level == "good"
+    )
+
+
+def test_slots_and_pages_of_a_large_card() -> None:
+    (nvfp4,) = (f.what for f in check_fit([_gpu(141)]) if f.what.startswith("nvfp4: "))
+    assert "context of up to 262144 and 4 requests at a time" in nvfp4
 
 
 def test_table_of_formats_and_cards() -> None:

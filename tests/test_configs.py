@@ -116,7 +116,9 @@ def test_settings_are_frozen() -> None:
 def test_engine_options_carry_every_engine_setting() -> None:
     flags = {"model": "m", "device": "cuda:1", "dtype": "bfloat16", "kernels": "reference", "context": 77}
     quantised = {"quantize": "nvfp4", "quantize_dense": "fp8"}
-    options = load_settings({**flags, **quantised, "max_waiting": 3}).engine.options(progress=False)
+    sizes = {"slots": 2, "kv_memory": 1.5, "max_waiting": 3}
+    options = load_settings({**flags, **quantised, **sizes}).engine.options(progress=False)
+    assert (options.slots, options.kv_memory) == (2, 1.5)
     assert (options.quantize, options.quantize_dense) == ("nvfp4", "fp8")
     assert (options.model, options.device, options.dtype, options.kernels) == ("m", "cuda:1", "bfloat16", "reference")
     assert (options.context_length, options.max_waiting, options.progress) == (77, 3, False)

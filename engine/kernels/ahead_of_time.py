@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import attention, experts, linears, norms, output, routing
+from engine.kernels import attention, experts, linears, norms, output, routing, soft_embedding
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import SHARED_LIMIT
 
@@ -31,6 +31,7 @@ MODULES: tuple[Callable[[], list[KernelCase]], ...] = (
     attention.cases,
     norms.cases,
     output.cases,
+    soft_embedding.cases,
 )
 CHIPS = tuple(SHARED_LIMIT)
 

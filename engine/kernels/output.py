@@ -1,9 +1,9 @@
 """The output side: what is read off the logits of a pass, and the embedding that goes back in.
 
 Logits are read twice, by programs of one tile of one row, and probabilities written once. The first reading leaves
-four numbers a tile; from these a program a row finds the best height, the entropy and the tile that the draw falls
-in; the second reading writes the probabilities, and in two tiles of each row finds the id. Rows with a top_k, top_p or
-min_p are drawn by `output_filters` instead. Knows rows and how each is drawn; no canvases, no schedule.
+four numbers a tile; from these a program a row finds the entropy and the tiles that hold the best id and the drawn one,
+and looks the two up; the second reading writes the probabilities. Rows with a top_k, top_p or min_p are drawn by
+`output_filters` instead. Knows rows and how each is drawn; no canvases, no schedule.
 
 Invariant: a row's results depend on nothing but the row: no atomics, every sum in an order that only the vocabulary's
 size decides. The host reads nothing, and no shape depends on data: all can be captured in a CUDA graph.
@@ -122,7 +122,7 @@ def row_kernel(
     target = tl.load(uniforms + row) * all_odds
     tile, before = first_above(weights, running, target, lanes, T)
     height = heights(logits, bias, tile * N + places, vocab, softcap, BIASED, EVEN)
-    weights = exp2(-(top - height) * rate_of(heat))
+    weights = exp2(-tl.maximum(top - height, 0.0) * rate_of(heat))
     place, _ = first_above(weights, tl.cumsum(weights, 0), target - before, places, N)
     tl.store(drawn + row, (tile * N + place).to(tl.int64))
 
@@ -151,6 +151,8 @@ def read_logits(logits: Tensor, softcap: float, draw: Draw) -> Reading:
     """As `reference_output.read_logits`; logits contiguous, bfloat16 or float32."""
     if not logits.is_contiguous():
         raise ValueError(f"logits {list(logits.shape)} must be contiguous, but have strides {logits.stride()}")
+    if draw.bias is not None and (draw.bias.dtype != torch.float32 or not draw.bias.is_contiguous()):
+        raise ValueError(f"the bias must be float32 and contiguous, not {draw.bias.dtype} of {draw.bias.stride()}")
     rows, vocab = logits.shape
     size = tile_size(vocab)
     count = triton.cdiv(vocab, size)

@@ -43,12 +43,6 @@ class Found:
 
 
 @triton.jit
-def _bits(gap):
-    """Of a gap of 0 or more, in its order."""
-    return tl.maximum(gap, 0.0).to(tl.int32, bitcast=True)
-
-
-@triton.jit
 def _least(bits, weights, need, enough):
     """The least limit whose weights sum to `need`; bits int32 [N], weights [N] are 0 or more; `enough` is one that is
     enough."""
@@ -72,7 +66,8 @@ def shortlist_kernel(
     if filtered(top_k, top_p, min_p, request_temperature, row, vocab):
         lanes = tl.arange(0, G)
         peak = tl.load(peaks + row.to(tl.int64) * groups + lanes, mask=lanes < groups, other=LOWEST)
-        bits = tl.where(lanes < groups, _bits(tl.load(facts + row) - peak), 0x7FFFFFFF)
+        gap = tl.maximum(tl.load(facts + row) - peak, 0.0)
+        bits = tl.where(lanes < groups, gap.to(tl.int32, bitcast=True), 0x7FFFFFFF)
         low = -1
         high = EVERYTHING
         for _ in range(32):
@@ -105,8 +100,8 @@ def short_kernel(
         )
         limit = tl.load(limits + row)
         rate = rate_of(tl.load(temperature + row) * tl.load(request_temperature + row))
-        gap = tl.load(facts + row) - height
-        bits = _bits(gap)
+        gap = tl.maximum(tl.load(facts + row) - height, 0.0)
+        bits = gap.to(tl.int32, bitcast=True)
         live = (ids < vocab) & (bits <= limit)
         odds = tl.where(live, exp2(-gap * rate), 0.0)
         decided = limit >= EVERYTHING
@@ -145,39 +140,52 @@ def short_kernel(
 @triton.jit
 def _row_odds(logits, bias, ids, vocab, softcap, top, rate, BIASED: tl.constexpr, EVEN: tl.constexpr):
     """Bits of the gaps of ids of a row, and their odds, 0 beyond the vocabulary."""
-    height = heights(logits, bias, ids, vocab, softcap, BIASED, EVEN)
-    gap = top - height
-    return _bits(gap), exp2(-gap * rate)
+    gap = tl.maximum(top - heights(logits, bias, ids, vocab, softcap, BIASED, EVEN), 0.0)
+    return gap.to(tl.int32, bitcast=True), exp2(-gap * rate)
 
 
 @triton.jit
 def _least_of_row(
-    logits, bias, vocab, softcap, top, rate, need, enough,
+    logits, bias, vocab, softcap, top, rate, need, low, enough,
     COUNT: tl.constexpr, BIASED: tl.constexpr, EVEN: tl.constexpr, N: tl.constexpr, PROBES: tl.constexpr,
 ):  # fmt: skip
-    """As `_least`, of a whole row: PROBES limits at once, evenly between those that are left. COUNT: weights are 1."""
+    """As `_least`, of a whole row: PROBES limits at once, evenly between `low` and `enough`. COUNT: weights are 1.
+
+    Logits in bfloat16 have few different gaps, so both ends are also moved to gaps that there are.
+    """
     probe = tl.arange(0, PROBES)
-    low = tl.minimum(enough, 0)
     while low < enough:
         step = (enough - low + PROBES) // (PROBES + 1)
         limits = tl.minimum(low + (probe + 1) * step - 1, enough - 1)[:, None]
         sums = tl.zeros((PROBES, N), tl.float32)
+        lowest = tl.full((1, N), EVERYTHING, tl.int32)
+        highest = tl.full((1, N), -1, tl.int32)
         for first in range(0, vocab, N):
             ids = first + tl.arange(0, N)[None, :]
             bits, odds = _row_odds(logits, bias, ids, vocab, softcap, top, rate, BIASED, EVEN)
             if COUNT:
                 odds = (ids < vocab).to(tl.float32)
             sums += tl.where(bits <= limits, odds, 0.0)
+            lowest = tl.minimum(lowest, tl.where(bits >= low, bits, EVERYTHING))
+            highest = tl.maximum(highest, tl.where(bits <= enough, bits, -1))
         short = tl.sum((tl.sum(sums, 1) < need).to(tl.int32), 0)  # how many probes, the lower ones, are not enough
         high = tl.where(short < PROBES, tl.minimum(low + (short + 1) * step - 1, enough), enough)
-        low = tl.minimum(low + short * step, high)
-        enough = high
+        low = tl.maximum(tl.minimum(low + short * step, high), tl.min(tl.min(lowest, 1), 0))
+        enough = tl.minimum(high, tl.max(tl.max(highest, 1), 0))
     return enough
 
 
 @triton.jit
+def _widest(share, total, vocab, rate):
+    """Bits of a gap within which there is certainly `share` of the odds, which sum to `total`: were all ids just beyond
+    it, they would have half of what may be left out."""
+    gap = tl.log2(2.0 * vocab / ((1.0 - share) * total)) / rate
+    return tl.maximum(gap, 0.0).to(tl.int32, bitcast=True)
+
+
+@triton.jit
 def long_kernel(
-    logits, bias, temperature, request_temperature, top_k, top_p, min_p, uniforms, facts, left, drawn,
+    logits, bias, temperature, request_temperature, top_k, top_p, min_p, uniforms, facts, limits, left, drawn,
     vocab, canvas, softcap, rows, count,
     BIASED: tl.constexpr, EVEN: tl.constexpr, N: tl.constexpr, T: tl.constexpr, PROBES: tl.constexpr,
 ):  # fmt: skip
@@ -190,25 +198,28 @@ def long_kernel(
         rate = rate_of(tl.load(temperature + row) * tl.load(request_temperature + row))
         tiles, places = tl.arange(0, T), tl.arange(0, N)
         limit = EVERYTHING
+        low = tl.load(limits + row) + 1  # the shortlist was not enough
         k, share, least = tl.load(top_k + row), tl.load(top_p + row), tl.load(min_p + row)
         if (k > 0) & (k < vocab):
             limit = _least_of_row(
-                logits, bias, vocab, softcap, top, rate, k.to(tl.float32), limit, True, BIASED, EVEN, N, PROBES
+                logits, bias, vocab, softcap, top, rate, k.to(tl.float32), low, limit, True, BIASED, EVEN, N, PROBES
             )
             kept = tl.zeros((N,), tl.float32)
             for tile in range(count):
                 bits, odds = _row_odds(logits, bias, tile * N + places, vocab, softcap, top, rate, BIASED, EVEN)
                 kept += tl.where(bits <= limit, odds, 0.0)
             total = tl.sum(kept, 0)
+            low = tl.minimum(low, 0)  # a share of these may be found in the shortlist
         if share < 1:
+            limit = tl.minimum(limit, _widest(share, total, vocab, rate))
             limit = _least_of_row(
-                logits, bias, vocab, softcap, top, rate, share * total, limit, False, BIASED, EVEN, N, PROBES
+                logits, bias, vocab, softcap, top, rate, share * total, low, limit, False, BIASED, EVEN, N, PROBES
             )
         sums = tl.zeros((T,), tl.float32)
         for tile in range(count):
             bits, odds = _row_odds(logits, bias, tile * N + places, vocab, softcap, top, rate, BIASED, EVEN)
-            running = tl.cumsum(tl.where((bits <= limit) & (odds >= least), odds, 0.0), 0)
-            sums = tl.where(tiles == tile, last(running, places, N), sums)
+            odds = tl.where((bits <= limit) & (odds >= least), odds, 0.0)
+            sums = tl.where(tiles == tile, tl.sum(odds, 0), sums)
         running = tl.cumsum(sums, 0)
         target = tl.load(uniforms + row) * last(running, tiles, T)
         tile, before = first_above(sums, running, target, tiles, T)
@@ -244,7 +255,7 @@ def draw_filtered(logits: Tensor, softcap: float, draw: Draw, found: Found, draw
         BIASED=biased, GROUPS=GROUPS, GROUP=found.group, num_warps=SEARCH_WARPS,
     )  # fmt: skip
     long_kernel[(rows,)](
-        logits, bias, draw.temperature, *filters, draw.uniforms, found.facts, left, drawn,
+        logits, bias, draw.temperature, *filters, draw.uniforms, found.facts, limits, left, drawn,
         vocab, canvas, softcap, rows, count,
         BIASED=biased, EVEN=vocab % found.tile == 0, N=found.tile, T=triton.next_power_of_2(count), PROBES=PROBES,
         num_warps=SEARCH_WARPS,

@@ -102,8 +102,7 @@ def first_above(weights, running, target, lanes, N: tl.constexpr):
     Never one of weight 0: where rounding leaves no other, the last that has a weight; 0 if none has (NaN).
     """
     found = tl.min(tl.where((running > target) & (weights > 0), lanes, N), 0)
-    last = tl.max(tl.where(weights > 0, lanes, 0), 0)
-    found = tl.where(found < N, found, last)
+    found = tl.where(found < N, found, tl.max(tl.where(weights > 0, lanes, 0), 0))
     return found, tl.sum(tl.where(lanes == found - 1, running, 0.0), 0)
 
 

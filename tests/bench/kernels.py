@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.kernels import output, reference_output
+from engine.kernels import output, soft_embedding
 from engine.kernels.reference_output import Draw
 from engine.measure.ceilings import measure_ceilings
 from engine.measure.clock import Clock
@@ -74,15 +74,35 @@ def output_side(device: torch.device) -> Iterator[Work]:
                 return output.read_logits(logits, 30.0, how)
 
             yield Work(name=f"read_logits, {sort}{name}", run=run, bytes=reading + extra)
-    embedding = torch.randn(VOCAB, HIDDEN, device=device, dtype=torch.bfloat16)
-    probabilities = output.read_logits(sure, 30.0, draw()).probabilities
-    embedded = 2 * (ROWS * VOCAB + VOCAB * HIDDEN + ROWS * HIDDEN)
-    for name, embed in (("", output.soft_embedding), (", reference", reference_output.soft_embedding)):
+    yield from embeddings(device)
 
-        def soft(embed: Callable[[Tensor, Tensor, float], Tensor] = embed) -> object:
-            return embed(probabilities, embedding, HIDDEN**0.5)
 
-        yield Work(name=f"soft_embedding{name}", run=soft, bytes=embedded, flops=2 * ROWS * VOCAB * HIDDEN)
+def embeddings(device: torch.device) -> Iterator[Work]:
+    """From all ids, and from those that matter: one a row, as many as the lists may hold, too many."""
+    table = torch.randn(VOCAB, HIDDEN, device=device, dtype=torch.bfloat16)
+    size = 2 * (ROWS * VOCAB + VOCAB * HIDDEN + ROWS * HIDDEN)
+    for label, count in {"1 id": 1, "200 ids": min(200, VOCAB // 16), "1/8 of the ids": VOCAB // 8}.items():
+        probabilities = torch.zeros(ROWS, VOCAB, device=device)
+        for row in probabilities:
+            row[torch.randperm(VOCAB, device=device)[:count]] = 1 / count
+        rounded = probabilities.bfloat16()
+        support = soft_embedding.find_support(rounded)
+        ways: dict[str, Callable[[], object]] = {
+            "matmul": lambda shares=rounded: output.soft_embedding(shares, table, HIDDEN**0.5),  # type: ignore[misc]
+            "lists": lambda shares=rounded: soft_embedding.find_support(shares),  # type: ignore[misc]
+            "chosen": lambda shares=rounded: soft_embedding.soft_embedding(shares, table, HIDDEN**0.5),  # type: ignore[misc]
+        }
+        listed = bool(support.lengths.sum() <= support.budget)
+        short = 2 * ROWS * (VOCAB + count * HIDDEN)  # each row's embeddings, though several may read the same
+        for way, run in ways.items():
+            whole = way == "matmul" or (way == "chosen" and not listed)
+            moved = size if whole else short if way == "chosen" else 2 * ROWS * VOCAB
+            yield Work(
+                name=f"soft_embedding, {label} a row, {way}",
+                run=run,
+                bytes=moved,
+                flops=2 * ROWS * VOCAB * HIDDEN if whole else 0,
+            )
 
 
 GROUPS: dict[str, Callable[[torch.device], Iterator[Work]]] = {"output": output_side}

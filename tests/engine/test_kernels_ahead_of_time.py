@@ -6,6 +6,7 @@ In a process of its own, because these tests' process may interpret Triton inste
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,9 @@ def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
     )
     assert told.returncode == 0, told.stderr[-3000:]
     rows = [line.rsplit(maxsplit=4) for line in told.stdout.splitlines()[1:]]
-    per_chip = {chip: {row[0] for row in rows if row[1] == str(chip)} for chip in CHIPS}
+    # a tile may depend on the chip, what there is a kernel for may not
+    kernels = [(re.sub(r"\d+x\d+(x\d+)*", "tile", row[0]), row[1]) for row in rows]
+    per_chip = {chip: {name for name, where in kernels if where == str(chip)} for chip in CHIPS}
     assert len(per_chip[90]) > 40
     assert all(names == per_chip[90] for names in per_chip.values())
     spills = {row[0]: row[3] for row in rows if row[3] not in ("0", "?") and int(row[3]) > 64}

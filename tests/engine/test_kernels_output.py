@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import output_filters, reference_output
+from engine.kernels import soft_embedding as adaptive
 from engine.kernels.output import read_logits, soft_embedding, tile_size
 from engine.kernels.reference_output import Draw, Reading
 from tests.engine.conftest import GPU
@@ -296,9 +297,12 @@ def test_a_row_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(read_logits(logits, CAP, beside).drawn[unshaped], rest.drawn[unshaped])
 
 
-def test_logits_must_be_contiguous(device: torch.device) -> None:
+def test_what_it_cannot_read_is_said(device: torch.device) -> None:
     with pytest.raises(ValueError, match="contiguous"):
         read_logits(torch.zeros(4, 8, device=device)[:, ::2], CAP, make_draw(4, device))
+    halves = replace(make_draw(4, device), bias=torch.zeros(1, 8, dtype=torch.bfloat16, device=device))
+    with pytest.raises(ValueError, match=r"float32 and contiguous, not torch\.bfloat16"):
+        read_logits(torch.zeros(4, 8, device=device), CAP, halves)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -333,3 +337,26 @@ def test_at_the_models_size(dtype: torch.dtype, biased: bool, device: torch.devi
             part = slice(first, first + 16)
             fields = {name: value[part] for name, value in vars(reading).items()}
             assert_reads(logits[part], rows_of(draw, part), Reading(**fields))
+
+
+@pytest.mark.parametrize("device", [GPU], indirect=True)
+def test_a_captured_reading_is_the_same(device: torch.device) -> None:
+    """Nothing in it waits for the host; and it follows its inputs."""
+    logits, draw = filtered(3, device)
+    embedding = torch.randn(300, 64, device=device, dtype=torch.bfloat16)
+
+    def read() -> tuple[Reading, Tensor, Tensor]:
+        reading = read_logits(logits, CAP, draw)
+        shares = reading.probabilities.bfloat16()
+        return reading, soft_embedding(shares, embedding, 2.0), adaptive.soft_embedding(shares, embedding, 2.0)
+
+    read()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured, *embedded = read()
+    logits.copy_(make_logits(8, 300, seed=1)[[0, 1, 4] * 8][: len(FILTERS)])
+    graph.replay()
+    expected, *products = read()
+    for mine, theirs in zip(vars(captured).values(), vars(expected).values(), strict=True):
+        assert torch.equal(mine, theirs)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(embedded, products, strict=True))

@@ -209,6 +209,43 @@ def test_it_starts_once_and_is_not_ready_before() -> None:
         bridge.start()
 
 
+def test_stats_say_who_runs_and_who_waits_in_which_place() -> None:
+    engine = FakeEngine([LONG])
+
+    async def run() -> None:
+        async with bridge.generate(request("a")), bridge.generate(request("b")), bridge.generate(request("c")):
+            await until(lambda: bridge.stats.running == ("a",) and bridge.stats.waiting == ("b", "c"))
+        await until(lambda: not (bridge.stats.running or bridge.stats.waiting))
+
+    with Bridge(engine) as bridge:
+        assert (bridge.stats.running, bridge.stats.waiting) == ((), ())
+        asyncio.run(run())
+
+
+def test_what_an_engine_does_when_idle_is_stepped_and_gives_way() -> None:
+    """The end of a reply is committed after it was delivered, when nobody waits for anything."""
+
+    class Tidy(FakeEngine):
+        left = 3
+        idle_steps = 0
+
+        @property
+        def has_work(self) -> bool:
+            return bool(self._queue) or (self.left > 0 and bool(self.ended))
+
+        def step(self) -> list[Event]:
+            if not self._queue:
+                self.left -= 1
+                self.idle_steps += 1
+            return super().step()
+
+    engine = Tidy([Script([[1]])])
+    with Bridge(engine) as bridge:
+        asyncio.run(collect(bridge, request()))
+        asyncio.run(until(lambda: engine.idle_steps == 3))
+        assert not engine.has_work
+
+
 def test_an_idle_engine_is_not_stepped() -> None:
     engine = FakeEngine([Script([[1]])])
     with Bridge(engine) as bridge:

@@ -177,6 +177,7 @@ def test_a_prompt_longer_than_the_context(answer: Any) -> None:
     error = caught.value
     assert (error.status, error.code) == (400, "context_length_exceeded")
     assert "This model's maximum context length is 10 tokens. However, you requested" in error.message
+    assert "The longest prompt that fits has 9 tokens." in error.message
     assert "7 in the completion" in error.message
 
 

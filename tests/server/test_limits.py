@@ -114,6 +114,28 @@ def test_many_choices_and_prompts_are_bounded(client: Client) -> None:
         assert client.request("POST", path, json=body).status_code == 400
 
 
+PREDICATE = {"type": "predicate", "instructions": "x" * 10_000}
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/infill", {"input_prefix": "a", "input_suffix": "b" * 9_000_000, "n_predict": 4}, 200),
+        ("/infill", {"input_prefix": "a" * 9_000_000, "n_predict": 4}, 400),
+        ("/v1/completions", {"prompt": ["a"] * 64, "suffix": "b" * 100_000, "max_tokens": 2}, 200),
+        ("/v1/decisions", {"input": "a" * 9_000_000, "questions": [PREDICATE]}, 400),
+        ("/v1/decisions", {"input": "a", "questions": [PREDICATE] * 400}, 200),
+        ("/v1/decisions", {"input": [{"role": "user", "content": "a"}] * 50_000, "questions": [PREDICATE]}, 200),
+        ("/v1/chat/completions", {"messages": [USER], "logit_bias": {str(n): 1 for n in range(100_000)}}, 400),
+        ("/v1/chat/completions", {"messages": [USER], "easel": {"x" * 1000: 1}}, 400),
+    ],
+)
+def test_what_is_new_is_bounded_too(client: Client, path: str, body: Any, status: int) -> None:
+    answer = client.request("POST", path, json=body)
+    assert answer.status_code == status, answer.text[:300]
+    assert len(answer.content) < 100_000
+
+
 WORDS = ["user", "assistant", "tool", "text", "tool_use", "tool_result", "function", "function_call", "f"]
 KEYS = (
     "role content type text name input id call_id tool_use_id arguments output function parameters input_schema "
