@@ -36,13 +36,26 @@ bench: $(STAMP)-run
 kernels: $(STAMP)-run
 	@$(BIN)/python -m engine.kernels.ahead_of_time $(ARGS)
 
+# Other people's clients run beside the suite, which hardly takes longer for it; with ARGS the suite is alone. Without a
+# network on the first run they cannot be installed: that is said, and is no fault of what is tested.
 test: $(STAMP)-test
-	$(BIN)/python -m pytest $(ARGS)
+	@$(if $(ARGS),,$(MAKE) -s --no-print-directory .venv-clients/.installed || echo "Their tests are left out.")
+	@if $(if $(ARGS),false,[ -e .venv-clients/.installed ]); then \
+	  $(CLIENTS) >.venv-clients/test.log 2>&1 & clients=$$!; \
+	fi; \
+	$(BIN)/python -m pytest $(ARGS); status=$$?; \
+	if [ -n "$$clients" ]; then \
+	  if wait $$clients; then echo "clients: $$(tail -n 1 .venv-clients/test.log)"; \
+	  else cat .venv-clients/test.log; status=1; fi; \
+	fi; \
+	exit $$status
 
 # The clients live in an environment of their own: some of them want other versions than the server does.
+CLIENTS := SERVER_PYTHON=$(abspath $(BIN)/python) .venv-clients/bin/python -m pytest -p no:cacheprovider \
+	  -c tests/clients/pytest.ini --rootdir tests/clients tests/clients
+
 test-clients: $(STAMP)-test .venv-clients/.installed .venv-clients/.installed-node
-	SERVER_PYTHON=$(abspath $(BIN)/python) .venv-clients/bin/python -m pytest \
-	  -c tests/clients/pytest.ini --rootdir tests/clients tests/clients $(ARGS)
+	$(CLIENTS) $(ARGS)
 
 fuzz: $(STAMP)-test
 	FUZZ_CASES=$(CASES) $(BIN)/python -m pytest tests/server/test_fuzz.py tests/server/test_own_openapi.py $(ARGS)

@@ -300,5 +300,5 @@ class EngineOptions:
     max_waiting: int = 64  # bound of the waiting queue
     quantize: str | None = None  # fp8 | nvfp4 | int4: quantise a bf16 checkpoint while loading
     quantize_dense: str | None = None  # fp8: attention and dense MLP too, where `quantize` leaves them
-    commit_chunk: int = 512  # prompt tokens committed between two steps
+    commit_chunk: int | None = None  # prompt tokens committed between two steps; None = 512, on a GPU 1024
     progress: bool = True  # show a progress bar while loading
