@@ -5,6 +5,7 @@
 #   make fuzz  [CASES=100000]                     the fuzz tests of the suite with so many cases
 #   make check                                    ruff, ruff format, mypy --strict, import contracts
 #   make bench [ARGS="--requests 5"]              speed of the bundled demo model on this machine
+#   make schemas FILE=schemas.jsonl [ARGS=...]    JSON schemas against the demo model and untrained ones: who keeps to them
 #   make kernels [ARGS="--chip 89"]               what every GPU kernel needs on every chip; takes no GPU
 
 SHELL := /bin/bash
@@ -12,6 +13,7 @@ SHELL := /bin/bash
 PORT ?=
 CASES ?= 100000
 ARGS ?=
+FILE ?=
 BIN := .venv/bin
 # A stamp per extra, so that a second start installs nothing until the pinned versions change.
 STAMP := .venv/.installed
@@ -22,10 +24,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --pro
 FAILED := { grep -v '^WARNING' $(LOG) | tail -n 15 >&2; echo "The installation failed; all of it is in $(LOG)." >&2; exit 1; }
 
 .NOTPARALLEL:
-.PHONY: help serve test test-clients fuzz check bench kernels clean
+.PHONY: help serve test test-clients fuzz check bench schemas kernels clean
 
 help:
-	@sed -n '2,8s/^#   //p' Makefile
+	@sed -n '2,9s/^#   //p' Makefile
 
 serve: $(STAMP)-run
 	@exec $(BIN)/easel serve $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -33,16 +35,34 @@ serve: $(STAMP)-run
 bench: $(STAMP)-run
 	@$(BIN)/easel bench $(ARGS)
 
+# FILE has a {"name": ..., "schema": ...} on each line.
+schemas: $(STAMP)-test
+	@test -n "$(FILE)" || { echo 'Say which schemas: make schemas FILE=schemas.jsonl' >&2; exit 2; }
+	@PYTHONPATH=. $(BIN)/python tests/bench/schemas.py $(FILE) $(ARGS)
+
 kernels: $(STAMP)-run
 	@$(BIN)/python -m engine.kernels.ahead_of_time $(ARGS)
 
+# Other people's clients run beside the suite, which hardly takes longer for it; with ARGS the suite is alone. Without a
+# network on the first run they cannot be installed: that is said, and is no fault of what is tested.
 test: $(STAMP)-test
-	$(BIN)/python -m pytest $(ARGS)
+	@$(if $(ARGS),,$(MAKE) -s --no-print-directory .venv-clients/.installed || echo "Their tests are left out.")
+	@if $(if $(ARGS),false,[ -e .venv-clients/.installed ]); then \
+	  $(CLIENTS) >.venv-clients/test.log 2>&1 & clients=$$!; \
+	fi; \
+	$(BIN)/python -m pytest $(ARGS); status=$$?; \
+	if [ -n "$$clients" ]; then \
+	  if wait $$clients; then echo "clients: $$(tail -n 1 .venv-clients/test.log)"; \
+	  else cat .venv-clients/test.log; status=1; fi; \
+	fi; \
+	exit $$status
 
 # The clients live in an environment of their own: some of them want other versions than the server does.
+CLIENTS := SERVER_PYTHON=$(abspath $(BIN)/python) .venv-clients/bin/python -m pytest -p no:cacheprovider \
+	  -c tests/clients/pytest.ini --rootdir tests/clients tests/clients
+
 test-clients: $(STAMP)-test .venv-clients/.installed .venv-clients/.installed-node
-	SERVER_PYTHON=$(abspath $(BIN)/python) .venv-clients/bin/python -m pytest \
-	  -c tests/clients/pytest.ini --rootdir tests/clients tests/clients $(ARGS)
+	$(CLIENTS) $(ARGS)
 
 fuzz: $(STAMP)-test
 	FUZZ_CASES=$(CASES) $(BIN)/python -m pytest tests/server/test_fuzz.py tests/server/test_own_openapi.py $(ARGS)

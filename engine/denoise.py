@@ -33,8 +33,9 @@ from engine.canvas import Canvas, Flags, resolve
 from engine.config import GenerationDefaults
 from engine.graphs import Graphs
 from engine.interface import MAX_DENOISING_STEPS, Sampling, Schedule, TokenLogprobs
-from engine.kernels.reference_output import Draw, Reading, log_probabilities
+from engine.kernels.reference_output import Draw, Reading
 from engine.kv_cache import KVCache
+from engine.logprobs import logprobs_of, token_logprobs
 from engine.plan import PassPlan
 from engine.rng import canvas_noise
 
@@ -246,23 +247,15 @@ class Denoiser:
         if canvas.steps == 0:  # pinned whole without one
             return (TokenLogprobs(0.0, ()),) * len(canvas.result)
         assert self._logits is not None and canvas.logprobs is not None, "there was a pass, and the canvas asked"
-        found = log_probabilities(self._logits[self._rows[canvas.slot]], self._model.softcap)
-        ids = torch.tensor(canvas.result, device=self._device)
-        own = found.gather(-1, ids[:, None])[:, 0].tolist()
-        values, indices = (part.tolist() for part in found.topk(min(canvas.logprobs, self._vocab_size), dim=-1))
-        return tuple(
-            TokenLogprobs(each, tuple(zip(which, what, strict=True)))
-            for each, which, what in zip(own, indices, values, strict=True)
+        return token_logprobs(
+            self._logits[self._rows[canvas.slot]], canvas.result, canvas.logprobs, self._model.softcap
         )
 
     def logprobs_of(self, canvas: Canvas, places: Sequence[tuple[int, Sequence[int]]]) -> tuple[tuple[float, ...], ...]:
         """The same of any ids at some positions of the canvas: (position, ids)."""
         assert self._logits is not None, "there was a pass"
-        if not places:
-            return ()
-        rows = self._logits[self._rows[canvas.slot]][[position for position, _ in places]]
-        found = log_probabilities(rows, self._model.softcap)
-        return tuple(tuple(row[list(ids)].tolist()) for row, (_, ids) in zip(found, places, strict=True))
+        logits = self._logits[self._rows[canvas.slot]]
+        return tuple(logprobs_of(logits[position], ids, self._model.softcap) for position, ids in places)
 
     def passes_left(self, canvas: Canvas) -> int:
         """How many passes the schedule has left for this attempt."""

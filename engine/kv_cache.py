@@ -47,7 +47,7 @@ class KVCache:
         self._length = 0
         self._ids: list[int] = []  # the committed ones
         self._path: list[Node] = []  # their whole pages in the index
-        self._point = 0  # a length at which others will go on
+        self._points: set[int] = set()  # lengths at which others will go on
 
     @property
     def length(self) -> int:
@@ -85,7 +85,7 @@ class KVCache:
 
     def mark(self) -> None:
         """Others will go on from here: keep what that needs before other things."""
-        self._point = self._length
+        self._points.add(self._length)
         self.prefixes.want(self._path, self._length)
 
     def resume(self, ids: Sequence[int]) -> int:
@@ -97,6 +97,8 @@ class KVCache:
         if self._length % PAGE:
             return self._length
         found = self.prefixes.find(ids, self._path, whole=self._length > 0)
+        if found.wished > max(found.length, self._length):
+            self._points.add(found.wished)
         if found.length > self._length:
             self._take_over(found)
             self._ids = list(ids[: found.length])
@@ -132,8 +134,9 @@ class KVCache:
     def _clear(self) -> None:
         for pages in self.pages.values():
             pages.clear()
-        self._length = self._point = 0
+        self._length = 0
         self._ids, self._path = [], []
+        self._points.clear()
 
     def _slide(self) -> None:
         self.pages["sliding"].release_before(self.prefixes.window(self._length).start * PAGE)
@@ -148,7 +151,7 @@ class KVCache:
             tuple(self._ids[number * PAGE : (number + 1) * PAGE]),
             full,
             sliding,
-            wanted=number in self.prefixes.window(self._point),
+            wanted=any(number in self.prefixes.window(point) for point in self._points),
         )
         self._path.append(node)
         if node.full != full:

@@ -37,6 +37,7 @@ class Found:
     nodes: tuple[Node, ...]
     tail: Node | None
     length: int
+    wished: int  # what would be there if no sliding page had been given away
 
 
 class PrefixCache:
@@ -77,7 +78,7 @@ class PrefixCache:
         if length < longest:
             self.want(chain, longest)
         count = length // PAGE
-        return Found(tuple(nodes[:count]), chain[count] if length % PAGE else None, length)
+        return Found(tuple(nodes[:count]), chain[count] if length % PAGE else None, length, longest)
 
     def _reach(self, chain: Sequence[Node], longest: int) -> int:
         """The last point up to `longest` whose window's sliding pages are all there."""

@@ -117,8 +117,12 @@ class Seating:
                 cache.mark()
 
     def _fits(self, reply: Reply) -> bool:
-        """Whether there are pages for what is to be committed and a canvas, those others hold already not counted."""
+        """Whether there are pages for what is to be committed and a canvas, those others hold already not counted, and
+        for the same of those who have a seat."""
         needed = -(-(len(reply.ids) + self._canvas_length) // PAGE)
+        for slot in self._scheduler.running:
+            assert slot.reply is not None, "it runs"
+            needed += self.seats[slot.index].cache.missing(slot.reply.pending + self._canvas_length)
         while needed > self._pages.available:
             shared = self._prefixes.holders(self._prefixes.find(reply.ids))
             if needed - shared <= self._pages.available:

@@ -15,6 +15,7 @@ from engine import CanvasRead, CanvasRequest, Finished, QueueFull, RequestTooLon
 from server import errors
 from server.bridge import Bridge, EngineUnavailable
 
+LONG_PROMPT = 256  # tokens: from here on the first canvas goes ahead, so that the others find its prompt committed
 AT_ONCE = 8  # of one client's canvases in the engine: the others of its canvases wait here, not before other clients
 
 
@@ -34,9 +35,14 @@ async def read_canvases(bridge: Bridge, requests: Sequence[CanvasRequest], *, pa
         async with places:
             return await _read(bridge, replace(request, id=f"{name}/{index}"), param)
 
-    tasks = [asyncio.ensure_future(one(index, request)) for index, request in enumerate(requests)]
+    first: list[CanvasResult] = []
+    if len(requests) > 1 and len(requests[0].prompt_ids) >= LONG_PROMPT:
+        first.append(await one(0, requests[0]))
+    tasks = [
+        asyncio.ensure_future(one(index, request)) for index, request in enumerate(requests) if index >= len(first)
+    ]
     try:
-        return list(await asyncio.gather(*tasks))
+        return [*first, *await asyncio.gather(*tasks)]
     finally:
         for task in tasks:
             task.cancel()

@@ -170,7 +170,7 @@ def _logprobs(ids: Sequence[int], top: int | None) -> tuple[TokenLogprobs, ...]:
     return tuple(TokenLogprobs(-0.75, tuple([(token_id, -0.75), *others][:top])) for token_id in ids)
 
 
-def _first_allowed(request: CanvasRequest) -> CanvasRead:
+def first_allowed(request: CanvasRequest) -> CanvasRead:
     """A quarter less than half of the probability for the first id allowed, then ever smaller shares."""
     allowed = request.allowed or ((),) * request.free
     ids = iter([ids[0] if ids else 110 for ids in allowed])
@@ -308,7 +308,7 @@ class FakeEngine:
 
     def _read(self, running: _Running, request: CanvasRequest) -> list[Event]:
         running.canvas, running.steps, running.tokens = 1, 1, request.max_tokens - 1
-        read = (self.reader or _first_allowed)(request)
+        read = (self.reader or first_allowed)(request)
         return [self._finish(running, "length")] if read is None else [read, self._finish(running, "stop")]
 
     def _finish(self, running: _Running, reason: FinishReason) -> Finished:

@@ -23,6 +23,10 @@ from engine.kernels.views import AttentionView
 from engine.kernels.weights import Weight, dense, expert, shape
 from engine.pages import PAGE
 
+# A matmul on a CPU takes another way, with other rounding, for fewer rows; with at least these a row's result does not
+# depend on how many there are, so neither does a reply on what is served beside it.
+FEWEST_ROWS = 16
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension. x [..., D]; weight float32 [D], None = ones; same dtype as x."""
@@ -31,7 +35,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """x [R, in] @ weight [out, in] transposed -> [R, out]."""
-    return F.linear(x, dense(weight, x.dtype))
+    rows = x.shape[0]
+    return F.linear(_enough_rows(x), dense(weight, x.dtype))[:rows]
 
 
 def qkv_norm_rope_write(
@@ -69,35 +74,56 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView) -> Tensor:
     """Every row attends to the positions that `view` gives it, scale 1. Returns [R, H * D].
 
-    queries [R, H, D]; keys, values [pages, PAGE, K, D]; H / K query heads share a key head.
+    queries [R, H, D]; keys, values [pages, PAGE, K, D]; H / K query heads share a key head. What a row of a commit
+    comes to does not depend on which rows are committed with it, to the last bit: each is computed in the company of
+    all rows of its page, real or not.
     """
-    out = torch.empty_like(queries)
+    out = torch.zeros_like(queries)
     for segment, table in zip(view.segments, view.table, strict=True):
         rows = slice(segment.first, segment.first + segment.count)
-        low, high = int(view.low[rows][0]), int(view.high[rows][-1])
-        pages = table[low // PAGE : -(-high // PAGE)].long()
-        begin = low % PAGE
-        seen_keys, seen_values = (
-            stored[pages].flatten(0, 1)[begin : begin + high - low].transpose(0, 1) for stored in (keys, values)
-        )  # [K, positions, D]
         if segment.uniform:
-            # without a mask the heads that share a key can be rows of one attention: no copies of keys and values
-            grouped = queries[rows].transpose(0, 1).reshape(1, keys.shape[2], -1, keys.shape[3])
-            seen = F.scaled_dot_product_attention(grouped, seen_keys[None], seen_values[None], scale=1.0)
-            seen = seen.view(queries.shape[1], segment.count, -1)
-        else:
-            position = torch.arange(low, high, device=queries.device)
-            mask = (position >= view.low[rows, None]) & (position < view.high[rows, None])
-            seen = F.scaled_dot_product_attention(
-                queries[rows].transpose(0, 1)[None],
-                seen_keys[None],
-                seen_values[None],
-                attn_mask=mask,
-                scale=1.0,
-                enable_gqa=True,
-            )[0]
-        out[rows] = seen.transpose(0, 1)
+            out[rows] = _uniform(queries[rows], keys, values, table, int(view.low[rows][0]), int(view.high[rows][0]))
+            continue
+        end = segment.first + segment.count
+        row, position = segment.first, int(view.high[segment.first]) - 1
+        while row < end:
+            count = min(end - row, PAGE - position % PAGE)
+            low = int(view.low[row + count - 1])
+            out[row : row + count] = _causal(queries[row : row + count], keys, values, table, position, low)
+            row, position = row + count, position + count
     return out.flatten(1)
+
+
+def _uniform(queries: Tensor, keys: Tensor, values: Tensor, table: Tensor, low: int, high: int) -> Tensor:
+    """Attention of rows [n, H, D] that all see the positions from low to high."""
+    begin = low % PAGE
+    seen_keys, seen_values = (
+        stored[table[low // PAGE : -(-high // PAGE)].long()].flatten(0, 1)[begin : begin + high - low].transpose(0, 1)
+        for stored in (keys, values)
+    )  # [K, positions, D]
+    # without a mask the heads that share a key can be rows of one attention: no copies of keys and values
+    grouped = queries.transpose(0, 1).reshape(1, keys.shape[2], -1, keys.shape[3])
+    seen = F.scaled_dot_product_attention(grouped, seen_keys[None], seen_values[None], scale=1.0)
+    return seen.reshape(queries.shape[1], queries.shape[0], -1).transpose(0, 1)
+
+
+def _causal(queries: Tensor, keys: Tensor, values: Tensor, table: Tensor, position: int, low: int) -> Tensor:
+    """Attention of the rows [n, H, D] from a position on, all of one page; `low` of the last of them."""
+    count, number = queries.shape[0], position // PAGE
+    reach = position + count - 1 - low if low else position + count  # positions behind a row that it sees
+    first = max(0, number * PAGE - reach) // PAGE
+    pages = table[first : number + 1].clamp(min=0).long()  # one that is not held any more is seen by none of the rows
+    seen_keys, seen_values = (stored[pages].flatten(0, 1).transpose(0, 1)[None] for stored in (keys, values))
+    company = queries.new_zeros(PAGE, *queries.shape[1:])
+    offset = position % PAGE
+    company[offset : offset + count] = queries
+    rows = torch.arange(number * PAGE, (number + 1) * PAGE, device=queries.device)[:, None]
+    seen = torch.arange(first * PAGE, (number + 1) * PAGE, device=queries.device)
+    mask = (seen <= rows) & (seen >= rows - reach)
+    attended = F.scaled_dot_product_attention(
+        company.transpose(0, 1)[None], seen_keys, seen_values, attn_mask=mask, scale=1.0, enable_gqa=True
+    )
+    return attended[0, :, offset : offset + count].transpose(0, 1)
 
 
 def join_attention(
@@ -151,7 +177,7 @@ def route(x: Tensor, projection: Tensor, expert_scale: Tensor, top_k: int) -> tu
 
     Returns weights float32 [R, A] (renormalised to 1, then times expert_scale) and expert ids int64 [R, A].
     """
-    scores = F.linear(x, projection)
+    scores = F.linear(_enough_rows(x), projection)[: x.shape[0]]
     best, experts = scores.float().softmax(dim=-1).topk(top_k, dim=-1)
     return best / best.sum(dim=-1, keepdim=True) * expert_scale[experts], experts
 
@@ -166,18 +192,27 @@ def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Weight, down: W
     rows, active = chosen.shape
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
-    gathered = x[order // active]  # [R * A, M]
+    gathered = x.new_zeros(rows * active + FEWEST_ROWS, x.shape[1])
+    torch.index_select(x, 0, order // active, out=gathered[: rows * active])
     sizes = torch.bincount(flat, minlength=shape(gate_up)[0]).tolist()
-    hidden = x.new_empty(rows * active, shape(gate_up)[1])
-    spans = [(index, end - size, end) for index, size, end in _running(sizes) if size]
+    hidden = x.new_zeros(gathered.shape[0], shape(gate_up)[1])
+    # A span of few rows is made longer; what it computes for the next one's rows is overwritten by that one.
+    spans = [(index, end - size, end - size + max(size, FEWEST_ROWS)) for index, size, end in _running(sizes) if size]
     for index, start, end in spans:
         torch.mm(gathered[start:end], dense(expert(gate_up, index), x.dtype).t(), out=hidden[start:end])
     hidden = _gate(hidden)
     result = torch.empty_like(gathered)
     for index, start, end in spans:
         torch.mm(hidden[start:end], dense(expert(down, index), x.dtype).t(), out=result[start:end])
+    result = result[: rows * active]
     unsorted = torch.empty_like(result).index_copy_(0, order, result).view(rows, active, -1)
     return (unsorted * weights[..., None]).sum(dim=1).to(x.dtype)
+
+
+def _enough_rows(x: Tensor) -> Tensor:
+    """x [R, D], with rows of zeros behind if they are few."""
+    missing = FEWEST_ROWS - x.shape[0]
+    return x if missing <= 0 else F.pad(x, (0, 0, 0, missing))
 
 
 def _gate(gate_up: Tensor) -> Tensor:

@@ -3,14 +3,16 @@
     python tests/clients/serve.py [RECORD_FOLDER]      # prints its address, then serves until its stdin closes
 
 What it says depends on the last thing the user said: a tool is called if there is one and it was not called yet;
-"think", "slow", "fail", "json" and "stop" do what they say; everything else is answered "It is sunny.".
+"think", "slow", "fail", "json" and "stop" do what they say; everything else is answered "It is sunny.". Where the reply
+is held to a form, it is Paris and 21 degrees in that form, as JSON or as a call; a gap is filled with "sunny".
 `GET /engine` tells what became of the requests. `POST /record/NAME` gives a name to the request bodies that follow;
-with a folder the first body per name and path, with tools and without, is kept in it.
+with a folder the first body per name and path, with tools and without, held to a form or not, is kept in it.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import threading
 from pathlib import Path
@@ -23,7 +25,7 @@ from starlette.requests import Request  # noqa: E402
 from starlette.responses import JSONResponse, Response  # noqa: E402
 from starlette.types import ASGIApp, Message, Receive, Scope, Send  # noqa: E402
 
-from engine import GenerationRequest  # noqa: E402
+from engine import CanvasRead, CanvasRequest, GenerationRequest  # noqa: E402
 from server.app import AppSettings, create_app  # noqa: E402
 from server.bridge import Bridge  # noqa: E402
 from server.chat import ChatService  # noqa: E402
@@ -40,6 +42,12 @@ def say(request: GenerationRequest) -> Script:
     """What the model answers to a prompt."""
     prompt = TOKENIZER.decode(list(request.prompt_ids), skip_special_tokens=False)
     asked = prompt.rpartition("<|turn>user")[2]
+    if request.constraint is not None and "<|tool_response>" not in asked:
+        tools = re.findall(r"declaration:([\w-]+)", prompt)
+        if "form" in asked.lower() or not tools:
+            return script('{"city": "Paris", ', '"degrees": 21}')
+        known = 'city:<|"|>Paris<|"|>' + (",degrees:21" if "degrees" in prompt else "")
+        return script(f"<|tool_call>call:{tools[-1]}{{{known}}}<tool_call|>", stop_id=50)
     if "fail" in asked:
         return script("a", reason="error", error="it failed")
     if "slow" in asked:
@@ -51,6 +59,21 @@ def say(request: GenerationRequest) -> Script:
     if "declaration:get_weather" in prompt and "<|tool_response>" not in asked:
         return script("Let me see.", CALL[:30], CALL[30:], stop_id=50)
     return script("It is ", "sunny.")
+
+
+def fill(request: CanvasRequest) -> CanvasRead:
+    """What the model finds on a canvas with free positions: the first letters, or "sunny" in a gap of its length."""
+    text = TOKENIZER.encode("sunny", add_special_tokens=False).ids
+    gap = [ids[0] for ids in request.allowed] if request.allowed else (text * request.free)[: request.free]
+    sure = 0.0 if request.allowed or request.free == len(text) else -3.0
+    found = iter(gap)
+    return CanvasRead(
+        request_id=request.id,
+        token_ids=tuple(next(found) if held is None else held for held in request.canvas),
+        logprobs=(sure,) * len(request.canvas),
+        allowed=tuple(tuple(-1.0 - place for place in range(len(ids))) for ids in request.allowed or ()),
+        steps=1,
+    )
 
 
 class Recorder:
@@ -76,6 +99,8 @@ class Recorder:
         if self._folder is not None and body:
             request = {"path": path, "body": json.loads(body)}
             kind = "-tools" if request["body"].get("tools") else ""
+            form = request["body"].get("response_format") or request["body"].get("text")
+            kind += "-form" if form or request["body"].get("tool_choice") not in (None, "auto") else ""
             target = self._folder / f"{self._name}{path.replace('/', '-')}{kind}.json"
             if not target.exists():
                 target.write_text(json.dumps(request, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -84,7 +109,7 @@ class Recorder:
 def main() -> None:
     """Serve until whoever started this closes its end."""
     folder = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    engine = FakeEngine(say, context_length=CONTEXT)
+    engine = FakeEngine(say, context_length=CONTEXT, reader=fill)
     prompts = PromptRenderer(TOKENIZER, Template(TEMPLATE.read_text(encoding="utf-8")))
     with Bridge(engine) as bridge:
         app = create_app(ChatService(bridge, prompts, ["easel-demo"]), AppSettings(api_key="key"))

@@ -9,6 +9,7 @@ import pytest
 langchain_openai = pytest.importorskip("langchain_openai")
 messages = pytest.importorskip("langchain_core.messages")
 tools = pytest.importorskip("langchain_core.tools")
+pydantic = pytest.importorskip("pydantic")
 
 
 @pytest.fixture
@@ -44,6 +45,25 @@ def test_a_tool_loop_to_the_end(model: Any, streamed: bool) -> None:
     assert (call["name"], call["args"]) == ("get_weather", {"city": "Paris"})
     history += [answer, messages.ToolMessage("sunny", tool_call_id=call["id"])]
     assert bound.invoke(history).content == "It is sunny."
+
+
+class Weather(pydantic.BaseModel):  # type: ignore[name-defined,misc]
+    """What is wanted."""
+
+    city: str
+    degrees: int
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
+def test_structured_output(model: Any, method: str) -> None:
+    answer = model.with_structured_output(Weather, method=method).invoke("Weather in Paris, in JSON?")
+    assert answer == Weather(city="Paris", degrees=21)
+
+
+def test_logprobs(model: Any) -> None:
+    answer = model.bind(logprobs=True, top_logprobs=1).invoke("Weather?")
+    tokens = answer.response_metadata["logprobs"]["content"]
+    assert "".join(token["token"] for token in tokens) == "It is sunny."
 
 
 def test_responses(address: str) -> None:

@@ -55,6 +55,19 @@ def test_a_tool_loop_to_the_end(address: str, streamed: bool) -> None:
     assert ask(address, tools=[WEATHER], messages=history).choices[0].message.content == "It is sunny."
 
 
+def test_structured_output(address: str) -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}, "degrees": {"type": "integer"}}}
+    form = {"type": "json_schema", "json_schema": {"name": "weather", "schema": schema}}
+    assert ask(address, response_format=form).choices[0].message.content == '{"city": "Paris", "degrees": 21}'
+    call = ask(address, tools=[WEATHER], tool_choice="required").choices[0].message.tool_calls[0]
+    assert call.function.arguments == '{"city": "Paris"}'
+
+
+def test_logprobs(address: str) -> None:
+    tokens = ask(address, logprobs=True, top_logprobs=1).choices[0].logprobs.content
+    assert "".join(token.token for token in tokens) == "It is sunny."
+
+
 def test_anthropics_route(server: str, address: str) -> None:
     answer = ask(server, model="anthropic/easel-demo", max_tokens=100)
     assert answer.choices[0].message.content == "It is sunny."

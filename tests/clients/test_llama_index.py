@@ -9,6 +9,7 @@ import pytest
 openai_like = pytest.importorskip("llama_index.llms.openai_like")
 core = pytest.importorskip("llama_index.core.llms")
 tools = pytest.importorskip("llama_index.core.tools")
+pydantic = pytest.importorskip("pydantic")
 
 
 @pytest.fixture
@@ -40,6 +41,19 @@ def test_completions(address: str) -> None:
     )
     assert model.complete("Weather?").text == "It is sunny."
     assert "".join(chunk.delta or "" for chunk in model.stream_complete("Weather?")) == "It is sunny."
+
+
+class Weather(pydantic.BaseModel):  # type: ignore[name-defined,misc]
+    """What is wanted."""
+
+    city: str
+    degrees: int
+
+
+def test_structured_output(model: Any) -> None:
+    prompts = pytest.importorskip("llama_index.core.prompts")
+    asked = prompts.PromptTemplate("Weather in {city}?")
+    assert model.structured_predict(Weather, asked, city="Paris") == Weather(city="Paris", degrees=21)
 
 
 def test_a_tool_call(model: Any) -> None:

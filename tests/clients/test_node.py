@@ -28,4 +28,4 @@ def test_clients_of_node(server: str, address: str) -> None:
         check=False,
     )
     assert ran.returncode == 0, ran.stdout[-5000:] + ran.stderr[-2000:]
-    assert "# pass 8" in ran.stdout
+    assert "# pass 11" in ran.stdout

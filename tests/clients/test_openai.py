@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 openai = pytest.importorskip("openai")
+pydantic = pytest.importorskip("pydantic")
 
 WEATHER: Any = {
     "type": "function",
@@ -75,6 +76,53 @@ def test_responses_through_the_stream_helper(client: Any) -> None:
     result = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
     last = client.responses.create(model="easel-demo", input=[result], previous_response_id=final.id, tools=[tool])
     assert last.output_text == "It is sunny."
+
+
+class Weather(pydantic.BaseModel):  # type: ignore[name-defined,misc]
+    """What is wanted."""
+
+    city: str
+    degrees: int
+
+
+def test_a_parsed_object(client: Any) -> None:
+    chat = client.chat.completions.parse(model="easel-demo", messages=ASK, response_format=Weather)
+    assert chat.choices[0].message.parsed == Weather(city="Paris", degrees=21)
+    response = client.responses.parse(model="easel-demo", input="Weather in Paris?", text_format=Weather)
+    assert response.output_parsed == Weather(city="Paris", degrees=21)
+    with client.chat.completions.stream(model="easel-demo", messages=ASK, response_format=Weather) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed == Weather(city="Paris", degrees=21)
+
+
+def test_a_call_that_is_forced(client: Any) -> None:
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    for choice in ("required", named):
+        answer = client.chat.completions.create(model="easel-demo", messages=ASK, tools=[WEATHER], tool_choice=choice)
+        (call,) = answer.choices[0].message.tool_calls
+        assert json.loads(call.function.arguments) == {"city": "Paris"}
+
+
+def test_logprobs(client: Any) -> None:
+    answer = client.chat.completions.create(model="easel-demo", messages=ASK, logprobs=True, top_logprobs=2)
+    tokens = answer.choices[0].logprobs.content
+    assert "".join(token.token for token in tokens) == "It is sunny."
+    assert bytes(byte for token in tokens for byte in token.bytes) == b"It is sunny."
+    assert {len(token.top_logprobs) for token in tokens} == {2}
+    with client.chat.completions.stream(model="easel-demo", messages=ASK, logprobs=True, top_logprobs=2) as stream:
+        assert stream.get_final_completion().choices[0].logprobs.content == tokens
+
+
+def test_options_of_this_server(client: Any) -> None:
+    fast = {"easel": {"preset": "fast", "max_denoising_steps": 8}}
+    assert client.chat.completions.create(model="easel-demo", messages=ASK, extra_body=fast).choices[0].message.content
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="easel-demo", messages=ASK, extra_body={"easel": {"preset": "best"}})
+    assert caught.value.param == "easel.preset"
+
+
+def test_infill(client: Any) -> None:
+    answer = client.completions.create(model="easel-demo", prompt="It is", suffix=".", max_tokens=20)
+    assert answer.choices[0].text == "sunny"
 
 
 def test_errors_of_responses(client: Any) -> None:

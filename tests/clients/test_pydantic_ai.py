@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 pydantic_ai = pytest.importorskip("pydantic_ai")
+pydantic = pytest.importorskip("pydantic")
 openai_models = pytest.importorskip("pydantic_ai.models.openai")
 providers = pytest.importorskip("pydantic_ai.providers.openai")
 
@@ -35,6 +36,20 @@ def test_a_tool_loop_to_the_end(agent: Any) -> None:
         if isinstance(part, pydantic_ai.messages.ToolCallPart)
     ]
     assert call.args_as_dict() == {"city": "Paris"}
+
+
+class Weather(pydantic.BaseModel):  # type: ignore[name-defined,misc]
+    """What is wanted."""
+
+    city: str
+    degrees: int
+
+
+@pytest.mark.parametrize("output", ["ToolOutput", "NativeOutput"])
+def test_a_typed_result(agent: Any, output: str) -> None:
+    typed = pydantic_ai.Agent(agent.model, output_type=getattr(pydantic_ai, output)(Weather))
+    asked = "Weather in Paris, in this form?" if output == "NativeOutput" else "Weather in Paris?"
+    assert typed.run_sync(asked).output == Weather(city="Paris", degrees=21)
 
 
 def test_a_stream(agent: Any) -> None:

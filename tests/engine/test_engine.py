@@ -49,7 +49,7 @@ def bare_caches(slots: int, context: int, chunk: int, pages: int | None = None, 
     """Slots without tensors; `pages` for the full layers, as many as they can use if left out."""
     counts = pages_of_a_slot(capacity=context, window=window, ahead=max(chunk, C) + C)
     full = slots * counts["full"] if pages is None else pages
-    pools = {"sliding": PagePool(slots * counts["sliding"]), "full": PagePool(full)}
+    pools = {"sliding": PagePool(slots * counts["sliding"] + 40), "full": PagePool(full)}
     prefixes = PrefixCache(pools, window)
     return [KVCache(prefixes, NoMemory(), context) for _ in range(slots)]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,7 @@ from server.chat import ChatService
 from server.dialects.decisions import question_text
 from server.dialects.decisions_schema import DecisionsRequest
 from server.prompt import PromptRenderer
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, first_allowed
 
 Serve = Callable[..., Any]
 PREDICATE = {"type": "predicate", "instructions": "It is late."}
@@ -169,6 +170,22 @@ def test_an_unknown_model_and_a_missing_key(serve: Serve) -> None:
 def test_many_questions_do_not_fill_the_queue(serve: Serve) -> None:
     client = serve(max_waiting=10)
     assert len(ask(client, [PREDICATE] * 200).json()["answers"]) == 200
+
+
+@pytest.mark.parametrize(("length", "alone"), [(10, False), (1000, True)])
+def test_of_long_prompts_the_first_goes_ahead(serve: Serve, length: int, alone: bool) -> None:
+    """The others find the input committed then, and need not commit it at the same time."""
+    waiting: list[int] = []
+
+    def watch(request: CanvasRequest) -> CanvasRead | None:
+        time.sleep(0.02)  # for the others to arrive
+        waiting.append(len(client.engine.canvases))
+        return first_allowed(request)
+
+    client = serve(reader=watch)
+    assert len(ask(client, [PREDICATE] * 5, input="x" * length).json()["answers"]) == 5
+    assert (waiting[0] == 1) == alone
+    assert waiting[-1] == 5
 
 
 def test_openais_own_client(prompts: PromptRenderer, listening: Any) -> None:

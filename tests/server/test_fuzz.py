@@ -257,7 +257,6 @@ def test_any_reply_to_any_request_in_any_format(world: World, asked: tuple[str, 
     assert in_body == in_stream
     for call in [call for _, _, calls in in_body for call in calls] if kind == "chat" else []:
         assert isinstance(json.loads(call["arguments"]), dict)
-        assert call["name"] in ("f", "g")
 
 
 NAMES = st.sampled_from(["type", "role", "content", "name", "text", "id"])

@@ -3,8 +3,9 @@ import assert from "node:assert/strict";
 import { test } from "node:test";
 
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { generateText, stepCountIs, streamText, tool } from "ai";
+import { generateObject, generateText, stepCountIs, streamText, tool } from "ai";
 import OpenAI from "openai";
+import { zodResponseFormat, zodTextFormat } from "openai/helpers/zod";
 import { z } from "zod";
 
 const baseURL = `${process.env.SERVER_URL}/v1`;
@@ -18,6 +19,7 @@ const weather = {
     parameters: { type: "object", properties: { city: { type: "string" } }, required: ["city"] },
   },
 };
+const Weather = z.object({ city: z.string(), degrees: z.number().int() });
 const tools = {
   get_weather: tool({
     description: "Weather of a city.",
@@ -60,6 +62,26 @@ test("openai: responses", async () => {
   assert.equal(final.output[1].arguments, '{"city": "Paris"}');
 });
 
+test("openai: a parsed object, in chat and in responses", async () => {
+  const chat = await client.chat.completions.parse({
+    model: "easel-demo",
+    messages: ask,
+    response_format: zodResponseFormat(Weather, "weather"),
+  });
+  assert.deepEqual(chat.choices[0].message.parsed, { city: "Paris", degrees: 21 });
+  const response = await client.responses.parse({
+    model: "easel-demo",
+    input: "Weather in Paris?",
+    text: { format: zodTextFormat(Weather, "weather") },
+  });
+  assert.deepEqual(response.output_parsed, { city: "Paris", degrees: 21 });
+});
+
+test("openai: logprobs", async () => {
+  const answer = await client.chat.completions.create({ model: "easel-demo", messages: ask, logprobs: true });
+  assert.equal(answer.choices[0].logprobs.content.map((each) => each.token).join(""), "It is sunny.");
+});
+
 test("openai: errors", async () => {
   const long = [{ role: "user", content: "x".repeat(30_000) }];
   await assert.rejects(client.chat.completions.create({ model: "easel-demo", messages: long }), {
@@ -97,6 +119,12 @@ test("ai: a streamed tool loop to the end", async () => {
   assert.ok(kinds.has("tool-call") && kinds.has("tool-result"));
   assert.equal(await result.text, "It is sunny.");
   assert.equal(await result.finishReason, "stop");
+});
+
+test("ai: an object", async () => {
+  const exact = createOpenAICompatible({ name: "easel", baseURL, apiKey: "key", supportsStructuredOutputs: true });
+  const { object } = await generateObject({ model: exact("easel-demo"), schema: Weather, messages: ask, maxRetries: 0 });
+  assert.deepEqual(object, { city: "Paris", degrees: 21 });
 });
 
 test("ai: errors", async () => {
