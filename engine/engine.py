@@ -42,6 +42,7 @@ from engine.interface import (
 from engine.kv_cache import KVCache, KVPool
 from engine.options import (
     check_options,
+    choose_chunk,
     choose_device,
     choose_dtype,
     choose_pools,
@@ -53,6 +54,7 @@ from engine.random_weights import plan_random, random_checkpoint
 from engine.scheduler import CommitChunk, Scheduler, Slot
 from engine.seating import Seating
 from engine.shapes import FORMAT_FLAGS
+from engine.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +85,7 @@ class DiffusionEngine:
         """One slot for each cache; together they must have pages for `info.context_length` positions and a canvas.
         `commit_chunk`, `chunk_beside`: prompt tokens a pass commits, the latter where other slots denoise in it."""
         self._info = info
+        self._chunk = commit_chunk
         self._device = torch.device(info.device)
         self._model = model
         self._denoiser = Denoiser(
@@ -114,7 +117,9 @@ class DiffusionEngine:
         plan = plan_checkpoint(options.model, choose(options.quantize, options.quantize_dense))
         require_fit(plan, options, device, dtype)
         checkpoint = read_checkpoint(plan, device, dtype, options.progress)
-        return cls.from_checkpoint(checkpoint, options, kernels=kernels, started=started)
+        engine = cls.from_checkpoint(checkpoint, options, kernels=kernels, started=started)
+        engine.warm_up()
+        return engine
 
     @classmethod
     def from_random(cls, shape: str, form: str, options: EngineOptions, *, seed: int = 0) -> DiffusionEngine:
@@ -144,11 +149,10 @@ class DiffusionEngine:
         started = time.monotonic() if started is None else started
         config, schedule = checkpoint.config, checkpoint.generation
         device, dtype = checkpoint.device, checkpoint.dtype
+        chunk = choose_chunk(options.commit_chunk, device)
         pools = choose_pools(config, checkpoint.weight_bytes, options, device, dtype, slots)
         try:
-            pool = KVPool(
-                config, pools.slots, pools.context, device, dtype, chunk=options.commit_chunk, pages=pools.pages
-            )
+            pool = KVPool(config, pools.slots, pools.context, device, dtype, chunk=chunk, pages=pools.pages)
         except RuntimeError as error:  # torch's class for a failed allocation differs between devices
             raise EngineError(f"no memory for {pools.bytes} bytes of keys and values on {device}: {error}") from error
         info = EngineInfo(
@@ -191,9 +195,21 @@ class DiffusionEngine:
             schedule,
             info,
             max_waiting=options.max_waiting,
-            commit_chunk=options.commit_chunk,
-            chunk_beside=chunk_beside(device, config.canvas_length, options.commit_chunk),
+            commit_chunk=chunk,
+            chunk_beside=chunk_beside(device, config.canvas_length, chunk),
         )
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Compile and capture what the first replies need; nothing to do for ops that are neither compiled nor
+        captured. No request may be running."""
+        if self._info.kernels != "triton":
+            return
+        started = time.monotonic()
+        caches = [seat.cache for seat in self._seating.seats]
+        canvas, chunk = self._info.canvas_length, self._chunk
+        warm_up(self._denoiser, caches, canvas_length=canvas, chunk=min(chunk, self._info.context_length - canvas))
+        logger.info("kernels are ready: %.1f s", time.monotonic() - started)
 
     @property
     def info(self) -> EngineInfo:

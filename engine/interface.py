@@ -103,6 +103,10 @@ class Constraint(Protocol):
         """Which ids may come next, eos ids included: bit i of 32-bit words in the machine's order, for all of the
         model's vocabulary. At least one is set."""
 
+    def closing(self) -> bytes:
+        """Those of the allowed ids that close something, so that the reply comes nearer to its end; all bits are 0 if
+        there are none."""
+
     def ends(self) -> tuple[int, ...]:
         """The eos ids that may come next, the most natural one first; none if the reply is not complete here."""
 
@@ -301,5 +305,5 @@ class EngineOptions:
     max_waiting: int = 64  # bound of the waiting queue
     quantize: str | None = None  # fp8 | nvfp4 | int4: quantise a bf16 checkpoint while loading
     quantize_dense: str | None = None  # fp8: attention and dense MLP too, where `quantize` leaves them
-    commit_chunk: int = 512  # prompt tokens committed between two steps
+    commit_chunk: int | None = None  # prompt tokens committed between two steps; None = 512, on a GPU 1024
     progress: bool = True  # show a progress bar while loading

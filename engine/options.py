@@ -29,7 +29,7 @@ def check_options(options: EngineOptions) -> None:
         raise EngineError(f"slots must be in 1..{MOST_SLOTS}, not {options.slots}")
     if options.kv_memory is not None and not options.kv_memory > 0:
         raise EngineError(f"kv_memory must be more than 0 GB, not {options.kv_memory}")
-    if options.commit_chunk < 1:
+    if options.commit_chunk is not None and options.commit_chunk < 1:
         raise EngineError(f"commit_chunk must be at least 1, not {options.commit_chunk}")
 
 
@@ -79,7 +79,7 @@ def choose_pools(
         name="",
         itemsize=dtype.itemsize,
         gpu=device.type == "cuda",
-        commit_chunk=options.commit_chunk,
+        commit_chunk=choose_chunk(options.commit_chunk, device),
     )
     if slots is not None:
         return plan.pools_for(slots, options.context_length or plan.max_context)
@@ -97,6 +97,14 @@ def choose_pools(
         f"{served} slot{'s' * (served > 1)} and a context of {least} need {needed / GB:.3g} GB for keys and values; "
         f"{device} has {held / GB:.3g} GB for them{asked}"
     )
+
+
+def choose_chunk(asked: int | None, device: torch.device) -> int:
+    """Prompt tokens a pass commits. A GPU reads all weights for each chunk, so there it is longer; memory for sliding
+    layers grows with it."""
+    if asked is not None:
+        return asked
+    return 512 if device.type == "cpu" else 1024
 
 
 def chunk_beside(device: torch.device, canvas_length: int, commit_chunk: int) -> int:
@@ -138,7 +146,7 @@ def require_fit(
         name=plan.title,
         itemsize=dtype.itemsize,
         gpu=gpu,
-        commit_chunk=options.commit_chunk,
+        commit_chunk=choose_chunk(options.commit_chunk, device),
     )
     others = () if plan.quantized else plans(plan.config, itemsize=dtype.itemsize, gpu=gpu)
     free = available_memory(device)

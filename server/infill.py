@@ -73,6 +73,9 @@ async def open_reply(service: ChatService, task: ChatTask) -> Reply:
         return await service.open(task)
     if task.model is not None and task.model not in service.model_names:
         raise errors.unknown_model(task.model, service.model_names)
+    if task.structure is not None:
+        name = task.structure.param
+        raise errors.invalid(f"'{name}' is not supported together with a suffix", param=name, code="unsupported_value")
     began = time.monotonic()
     # Long prompts take a while to tokenise; other replies go on meanwhile.
     gaps = await asyncio.to_thread(_gaps, service, task)

@@ -24,7 +24,7 @@ from engine.kernels.grouped import (
     stored,
 )
 from engine.kernels.routing import schedule
-from engine.kernels.tiles import ordered, rounded, widened
+from engine.kernels.tiles import rounded, widened
 from engine.kernels.weights import Weight
 
 SUM_COLUMNS = 1024  # 2816 is 2.75 of these: enough programs at 256 rows, 8 loads of 16 bytes in flight a lane
@@ -63,7 +63,7 @@ def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Weight, down: W
     )
     hidden = x.new_empty(rows * active, second.width)
     parts = x.new_empty(rows * active, second.out)
-    launch_gated(ordered(x, first.form), first, tiles, hidden, bm, active=active, following=second.form)
+    launch_gated(x, first, tiles, hidden, bm, active=active, following=second.form)
     launch_matmul(hidden, second, tiles, parts, bm)
     out = torch.empty_like(x)
     grid = (rows, triton.cdiv(second.out, SUM_COLUMNS))

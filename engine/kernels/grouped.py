@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
-from engine.kernels.tiles import WORD_HALF, accumulate, gelu_tanh, rounded, row_factor, x_tile
+from engine.kernels.tiles import accumulate, column_of, gelu_tanh, ordered, rounded, row_factor, row_of, x_tile
 from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, Weight, shape
 
 FORMATS = ("plain", "fp8", "nvfp4", "int4")
@@ -28,7 +28,7 @@ SHARED_AIM = 98304
 ROW_TILES = (32, 64, 128)  # 16 would suit only fewer rows than a canvas has, and gain little there
 BITS = {"plain": 16, "fp8": 8, "nvfp4": 4, "int4": 4}
 FOUR_BIT = ("nvfp4", "int4")
-SCALE_COLUMNS = 64  # of a 4-bit weight, whose scales fill a word of 32 bits
+BLOCK = 64  # columns of a quantised weight that are decoded together; a 4-bit format's scales of them fill a word
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,24 +46,24 @@ class Tiling:
         return {"BM": self.BM, "BN": self.BN, "BK": self.BK}
 
     def divides(self, form: str, width: int) -> bool:
-        """Whether the kernel may leave out the test for the last columns. Quantised: never, so that one kernel serves
-        2816 columns and 704 and 2112, of which 128 is no divisor."""
-        return form == "plain" and width % self.BK == 0
+        """Whether the kernel may leave out the test for the last columns."""
+        return width % self.BK == 0
 
 
-def tiling(form: str, bm: int, *, gated: bool) -> Tiling:
-    """The tile for a format, and BM rows.
+def tiling(form: str, bm: int, width: int, *, gated: bool) -> Tiling:
+    """The tile for a format, BM rows and a weight of `width` columns.
 
     BN is 64: the smallest that Hopper's matrix instruction takes, exact for 704 = 11 * 64 and 2816 = 44 * 64, and
     small enough that 128 experts give 1408 programs and more. Without GeGLU there is one matrix to read instead of
-    two, and BN is 128 so that a program has as many bytes in flight. BK is 64 for plain weights (128 bytes a row: a
-    whole cache line) and 128 for smaller ones (128 or 64 bytes a row), but 64 again from 64 rows on, where decoding
-    128 columns at a time runs out of registers on chips before Hopper and there is arithmetic enough to wait behind.
-    As many stages as the aim leaves room for, of 2 to 4: beyond that there are more bytes in flight than the latency
-    of DRAM needs. Four warps have too few registers for the sums of 128 rows, and for those of 64 beside decoded
-    weights.
+    two, and BN is 128 so that a program has as many bytes in flight. BK is 64 (for plain weights 128 bytes a row: a
+    whole cache line); 128 for quantised ones where that divides, which halves what a loop costs beside decoding, but
+    not from 64 rows on, where decoding 128 columns at a time runs out of registers and there is arithmetic enough to
+    wait behind. As many stages as the aim leaves room for, of 2 to 4: beyond that there are more bytes in flight than
+    the latency of DRAM needs. Four warps have too few registers for the sums of 128 rows, and for those of 64 beside
+    decoded weights.
     """
-    bn, bk = (64 if gated else 128), (128 if form == "fp8" and bm <= 32 else 64)
+    bn = 64 if gated else 128
+    bk = 128 if form != "plain" and bm <= 32 and width % 128 == 0 else 64
     matrices = 2 if gated else 1
     stage = (
         matrices * bn * bk * BITS[form] // 8
@@ -95,14 +95,14 @@ class Stored:
 
 def stored(weight: Weight) -> Stored:
     """weight [out, in] or [E, out, in], contiguous; bytes are handed over as uint8, 4-bit formats' scales as int32.
-    ValueError if `in` of a 4-bit weight does not divide by SCALE_COLUMNS."""
+    ValueError if `in` of a quantised weight does not divide by BLOCK."""
     *stack, out, width = shape(weight)
+    if not isinstance(weight, Tensor) and width % BLOCK:
+        raise ValueError(f"a quantised weight of {width} columns does not divide by {BLOCK}")
     match weight:
         case Tensor():
             form, values, scale, row_scale = "plain", weight, weight, weight
         case Fp8Weight(values, row_scale):
-            if width % 4:
-                raise ValueError(f"an fp8 weight of {width} columns does not divide by 4")
             form, values = "fp8", values.view(torch.int32)
             scale = values
         case Nvfp4Weight(values, scale, row_scale):
@@ -110,8 +110,6 @@ def stored(weight: Weight) -> Stored:
         case Int4Weight(values, scale):
             form, row_scale = "int4", values.view(torch.int32)
     if form in FOUR_BIT:
-        if width % SCALE_COLUMNS:
-            raise ValueError(f"a {form} weight of {width} columns does not divide by {SCALE_COLUMNS}")
         values, scale = values.view(torch.int32), scale.view(torch.int32)
     experts = stack[0] if stack else 1
     return Stored(form=form, values=values, scale=scale, row_scale=row_scale, out=out, width=width, experts=experts)
@@ -138,9 +136,9 @@ def _tile_rows(order, expert, start, rows, count, BM: tl.constexpr, ROUTED: tl.c
 
 @triton.jit
 def gated_kernel(
-    x, weight, scale, row_scale, order, expert, start, rows, hidden, count, width, K,
-    A: tl.constexpr, FORMAT: tl.constexpr, HALF: tl.constexpr, ROUTED: tl.constexpr, EVEN_K: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, weight, scale, row_scale, order, expert, start, rows, hidden, count, width, K, A: tl.constexpr, FORMAT:
+    tl.constexpr, FOLLOWING: tl.constexpr, FOLLOWING_BK: tl.constexpr, ROUTED: tl.constexpr, EVEN_K: tl.constexpr, BM:
+    tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """hidden[position] = gelu_tanh(gate(x[row])) * up(x[row]); weight [E, 2 * width, K], gate rows first."""
     if ROUTED:
@@ -156,11 +154,13 @@ def gated_kernel(
         tile = x_tile(x, choice // A, k, K, BK, EVEN_K)
         gate = accumulate(gate, tile, weight, scale, gate_rows, k, K, FORMAT, BK, EVEN_K)
         up = accumulate(up, tile, weight, scale, up_rows, k, K, FORMAT, BK, EVEN_K)
+    if FORMAT != "plain":
+        n = tl.program_id(1) * BN + row_of(tl.arange(0, BN))
+        gate_rows = matrix * 2 * width + tl.minimum(n, width - 1)
+        up_rows = gate_rows + width
     gate *= row_factor(row_scale, gate_rows, FORMAT)
     up *= row_factor(row_scale, up_rows, FORMAT)
-    within = n % (2 * HALF)  # as `ordered` would put it for the next matmul
-    column = n - within + within % HALF * 2 + within // HALF
-    out = hidden + position[None, :] * width + column[:, None]
+    out = hidden + position[None, :] * width + column_of(n, FOLLOWING, FOLLOWING_BK)[:, None]
     tl.store(out, rounded(gelu_tanh(gate) * up, hidden.dtype.element_ty), mask=live[None, :] & (n < width)[:, None])
 
 
@@ -181,6 +181,9 @@ def matmul_kernel(
     for k in range(0, K, BK):
         tile = x_tile(x, position, k, K, BK, EVEN_K)
         acc = accumulate(acc, tile, weight, scale, weight_rows, k, K, FORMAT, BK, EVEN_K)
+    if FORMAT != "plain":
+        n = tl.program_id(1) * BN + row_of(tl.arange(0, BN))
+        weight_rows = matrix * width + tl.minimum(n, width - 1)
     acc *= row_factor(row_scale, weight_rows, FORMAT)
     pointers = out + choice[None, :] * width + n[:, None]
     tl.store(pointers, rounded(acc, out.dtype.element_ty), mask=live[None, :] & (n < width)[:, None])
@@ -208,22 +211,21 @@ def consecutive(x: Tensor, bm: int) -> Rows:
 def launch_gated(
     x: Tensor, weight: Stored, rows: Rows, hidden: Tensor, bm: int, *, active: int, following: str
 ) -> None:
-    """x [R, K] `ordered` for the weight, hidden [positions, width], ordered for one of format `following`; `active`
+    """x [R, K] in no special order, hidden [positions, width], ordered for one of format `following`; `active`
     choices are made by a row."""
-    tile = tiling(weight.form, bm, gated=True)
+    tile = tiling(weight.form, bm, weight.width, gated=True)
     width = weight.out // 2
     gated_kernel[(rows.tiles, triton.cdiv(width, tile.BN))](
-        x, weight.values, weight.scale, weight.row_scale, rows.order, rows.expert, rows.start, rows.rows, hidden,
-        rows.count, width, weight.width,
-        A=active, FORMAT=weight.form, HALF=WORD_HALF[following], ROUTED=rows.routed,
-        EVEN_K=tile.divides(weight.form, weight.width),
-        **tile.constants, num_warps=tile.warps, num_stages=tile.stages,
+        ordered(x, weight.form, tile.BK), weight.values, weight.scale, weight.row_scale, rows.order, rows.expert,
+        rows.start, rows.rows, hidden, rows.count, width, weight.width, A=active, FORMAT=weight.form,
+        FOLLOWING=following, FOLLOWING_BK=tiling(following, bm, width, gated=False).BK, ROUTED=rows.routed,
+        EVEN_K=tile.divides(weight.form, weight.width), **tile.constants, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def launch_matmul(x: Tensor, weight: Stored, rows: Rows, out: Tensor, bm: int) -> None:
     """x [positions, K] `ordered` for the weight, out [choices, width]."""
-    tile = tiling(weight.form, bm, gated=False)
+    tile = tiling(weight.form, bm, weight.width, gated=False)
     matmul_kernel[(rows.tiles, triton.cdiv(weight.out, tile.BN))](
         x, weight.values, weight.scale, weight.row_scale, rows.order, rows.expert, rows.start, rows.rows, out,
         rows.count, weight.out, weight.width,
@@ -245,7 +247,7 @@ def matmul_cases(form: str, width: int, row_tiles: Sequence[int], *, gated: bool
     found = []
     index = "*i32" if routed else "*bf16:16"
     for bm in row_tiles:
-        tile = tiling(form, bm, gated=gated)
+        tile = tiling(form, bm, width, gated=gated)
         constants: dict[str, Any] = {
             "FORMAT": form,
             "ROUTED": routed,
@@ -253,7 +255,7 @@ def matmul_cases(form: str, width: int, row_tiles: Sequence[int], *, gated: bool
             **tile.constants,
         }
         if gated:
-            constants |= {"A": 8 if routed else 1, "HALF": WORD_HALF[form]}
+            constants |= {"A": 8 if routed else 1, "FOLLOWING": form, "FOLLOWING_BK": 64}
         found.append(
             KernelCase(
                 name=f"{'experts' if routed else 'linear'}_{'gated' if gated else 'matmul'}"

@@ -22,6 +22,7 @@ from engine.kernels.grouped import (
     launch_matmul,
     matmul_cases,
     stored,
+    tiling,
 )
 from engine.kernels.tiles import gelu_tanh, ordered, rounded, widened
 from engine.kernels.weights import Weight
@@ -46,7 +47,8 @@ def linear(x: Tensor, weight: Weight) -> Tensor:
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
     matrix = stored(weight)
-    return _matmul(ordered(x, matrix.form), matrix)
+    bm = _row_tile(x.shape[0])
+    return _matmul(ordered(x, matrix.form, tiling(matrix.form, bm, matrix.width, gated=False).BK), matrix)
 
 
 def gated_mlp(x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
@@ -58,7 +60,7 @@ def gated_mlp(x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     following = "plain" if isinstance(down, Tensor) else stored(down).form
     bm = _row_tile(x.shape[0])
     hidden = x.new_empty(x.shape[0], first.out // 2)
-    launch_gated(ordered(x, first.form), first, consecutive(x, bm), hidden, bm, active=1, following=following)
+    launch_gated(x, first, consecutive(x, bm), hidden, bm, active=1, following=following)
     return F.linear(hidden, down) if isinstance(down, Tensor) else _matmul(hidden, stored(down))
 
 

@@ -104,7 +104,7 @@ def _uniform(queries: Tensor, keys: Tensor, values: Tensor, table: Tensor, low: 
     # without a mask the heads that share a key can be rows of one attention: no copies of keys and values
     grouped = queries.transpose(0, 1).reshape(1, keys.shape[2], -1, keys.shape[3])
     seen = F.scaled_dot_product_attention(grouped, seen_keys[None], seen_values[None], scale=1.0)
-    return seen.view(queries.shape[1], queries.shape[0], -1).transpose(0, 1)
+    return seen.reshape(queries.shape[1], queries.shape[0], -1).transpose(0, 1)
 
 
 def _causal(queries: Tensor, keys: Tensor, values: Tensor, table: Tensor, position: int, low: int) -> Tensor:

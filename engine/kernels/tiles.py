@@ -8,8 +8,9 @@ Weights are the first operand and rows of x the second: so the wide side of a ma
 are many, and the narrow side holds the few rows an expert has; and Hopper's instruction takes a first operand straight
 from registers, which is where decoding leaves it.
 
-Invariant: a word of 32 bits is decoded into pairs of values that lie 16 bits apart in it, and pairs stay together. The
-product does not care about the order of columns, so x comes `ordered` the same way instead.
+Invariant: a word of 32 bits is decoded into pairs of values that lie 16 bits apart in it, and pairs stay together; rows
+and columns are numbered so that decoded values stay in the thread that decoded them. The product does not care about
+the order of columns, so x comes `ordered` the same way; rows are put right where results are stored.
 """
 
 from __future__ import annotations
@@ -22,17 +23,33 @@ from torch import Tensor
 
 # Triton's interpreter keeps bfloat16 as raw 16-bit integers, multiplies those, truncates where a GPU rounds and spoils
 # zeros; and it runs no PTX. `rounded`, `widened` and `dot` go around that, and on a GPU are the plain operations.
-WORD_HALF = {"plain": 1, "fp8": 2, "nvfp4": 4, "int4": 4}  # values in half a word
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 
-def ordered(x: Tensor, form: str) -> Tensor:
-    """x [R, K] with its columns in the order in which a format's words are decoded."""
-    halves = WORD_HALF[form]
-    if halves == 1:
+def ordered(x: Tensor, form: str, block: int) -> Tensor:
+    """x [R, K] with its columns in the order in which a format's words are decoded, `block` columns together: that of
+    `column_of`."""
+    if form == "plain":
         return x
     rows, width = x.shape
-    return x.view(rows, width // (2 * halves), 2, halves).transpose(2, 3).reshape(rows, width)
+    if form == "fp8":  # quarter, word, half of a pair, pair -> word, pair, quarter, half of a pair
+        split = x.view(rows, width // block, 4, block // 16, 2, 2).permute(0, 1, 3, 5, 2, 4)
+    else:
+        split = x.view(rows, width // block, 4, block // 32, 2, 2, 2).permute(0, 1, 3, 5, 6, 2, 4)
+    return split.reshape(rows, width)
+
+
+@triton.jit
+def column_of(n, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
+    """Where `ordered` puts column n."""
+    start = n // BLOCK * BLOCK
+    quarter = n // (BLOCK // 4) % 4
+    if FORMAT == "plain":
+        return n
+    elif FORMAT == "fp8":
+        return start + n // 4 % (BLOCK // 16) * 16 + n % 2 * 8 + quarter * 2 + n // 2 % 2
+    else:
+        return start + n // 8 % (BLOCK // 32) * 32 + n // 2 % 2 * 16 + n % 2 * 8 + quarter * 2 + n // 4 % 2
 
 
 @triton.jit
@@ -128,19 +145,37 @@ mov.b32 {$0,$1}, v0; mov.b32 {$2,$3}, v1; mov.b32 {$4,$5}, v2; mov.b32 {$6,$7}, 
 }""")
 
 
-@triton.jit
-def _joined4(a, b, c, d):
-    """Four values of each word [N, W] -> [N, 4 W], a word's side by side."""
-    both = tl.join(tl.join(a, c), tl.join(b, d))
-    return tl.reshape(both, (a.shape[0], 4 * a.shape[1]))
+# Which thread of a matrix instruction wants which value of the first operand is given by the instruction; which thread
+# loads which word, by the width of a load. Where rows and columns are numbered so that both are the same thread,
+# decoded values need not travel through shared memory. Of a block's columns, four threads hold a quarter each; of 64
+# rows, four warps hold eight in each half.
 
 
 @triton.jit
-def _joined8(a, b, c, d, e, f, g, h):
-    """Eight values of each word [N, W] -> [N, 8 W], a word's side by side."""
-    first = tl.join(tl.join(a, e), tl.join(c, g))
-    both = tl.join(first, tl.join(tl.join(b, f), tl.join(d, h)))
-    return tl.reshape(both, (a.shape[0], 8 * a.shape[1]))
+def row_of(i):
+    """Which row of a tile of quantised weights, as loaded, is the i-th of the product."""
+    return i // 64 * 64 + i // 8 % 2 * 32 + i // 16 % 4 * 8 + i % 8
+
+
+@triton.jit
+def _arranged4(a, b, c, d):
+    """Two pairs (a, b), (c, d) of each word [N, W] -> [N, 4 W]: rows as `row_of` says, columns `ordered`."""
+    n: tl.constexpr = a.shape[0]
+    w: tl.constexpr = a.shape[1]
+    pairs = tl.join(tl.join(a, b), tl.join(c, d))  # [N, W, in the pair, pair]
+    split = tl.reshape(pairs, (n // 64, 2, 4, 8, 4, w // 4, 2, 2))
+    return tl.reshape(tl.permute(split, (0, 2, 1, 3, 5, 7, 4, 6)), (n, 4 * w))
+
+
+@triton.jit
+def _arranged8(a, b, c, d, e, f, g, h):
+    """Four pairs (a, b), ... of each word [N, W] -> [N, 8 W]: rows as `row_of` says, columns `ordered`."""
+    n: tl.constexpr = a.shape[0]
+    w: tl.constexpr = a.shape[1]
+    first, second = tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h))
+    pairs = tl.join(first, second)  # [N, W, in the pair, pair % 2, pair // 2]
+    split = tl.reshape(pairs, (n // 64, 2, 4, 8, 4, w // 4, 2, 2, 2))
+    return tl.reshape(tl.permute(split, (0, 2, 1, 3, 5, 8, 7, 4, 6)), (n, 8 * w))
 
 
 @triton.jit
@@ -150,7 +185,7 @@ def _byte(words, place: tl.constexpr):
 
 @triton.jit
 def _fp8_values(words, dtype: tl.constexpr):
-    """Four e4m3 bytes a word [N, W] -> [N, 4 W], of each word those at places 0, 2, 1, 3."""
+    """Four e4m3 bytes a word [N, W] -> values [N, 4 W]."""
     if INTERPRETED or dtype != tl.bfloat16:
         a, b = rounded(_e4m3(_byte(words, 0)) * 2.0**120, dtype), rounded(_e4m3(_byte(words, 2)) * 2.0**120, dtype)
         c, d = rounded(_e4m3(_byte(words, 1)) * 2.0**120, dtype), rounded(_e4m3(_byte(words, 3)) * 2.0**120, dtype)
@@ -163,17 +198,22 @@ def _fp8_values(words, dtype: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-    return _joined4(a, b, c, d)
+    return _arranged4(a, b, c, d)
 
 
 @triton.jit
-def _scale_of(words, W: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr):
-    """Scales of a row in int32 words [N] -> the one of each of W words of weights, [N, W], in the lowest BITS bits.
+def _scales(scale, n, k, K, GROUP: tl.constexpr, BITS: tl.constexpr, BK: tl.constexpr):
+    """The scale of each of BK / 8 words of weights from column k on, int32 [N, BK / 8], in the lowest BITS bits.
 
-    GROUP words of weights share a scale. Every thread shifts out what it needs: none waits for another.
+    `scale` [*, K / 64] int32, rows n; GROUP words of weights share a scale. Every thread shifts out what it needs: none
+    waits for another.
     """
-    shift = tl.arange(0, W) // GROUP * BITS
-    return (words[:, None] >> shift[None, :]) & ((1 << BITS) - 1)
+    word = tl.arange(0, BK // 8)[None, :]
+    pointers = scale + n * (K // 64) + k // 64
+    found = tl.load(pointers)[:, None]
+    if BK == 128:
+        found = tl.where(word < 8, found, tl.load(pointers + 1)[:, None])
+    return (found >> (word % 8 // GROUP * BITS)) & ((1 << BITS) - 1)
 
 
 @triton.jit
@@ -184,17 +224,15 @@ def _e2m1(words, factor, place: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _nvfp4_values(words, scales, dtype: tl.constexpr):
-    """Eight nibbles a word [N, 8] and the row's four e4m3 scales as a word [N] -> values [N, 64] times 2^-8, of each
-    word those at places 0, 4, 1, 5, 2, 6, 3, 7.
+def _nvfp4_values(words, scale, dtype: tl.constexpr):
+    """Eight nibbles a word and its e4m3 scale, both [N, W] -> values [N, 8 W] times 2^-8.
 
     e2m1's exponent is moved to where the float has its lowest two bits, which makes 2^-126 of the value; the scale is
     lifted by 2^118, the most that keeps the largest finite. The product has 6 significant bits: exact in bfloat16.
     """
-    scale = _scale_of(scales, 8, 2, 8)
     if INTERPRETED or dtype != tl.bfloat16:
         f = _e4m3(scale) * 2.0**120 * 2.0**118
-        return _joined8(
+        return _arranged8(
             _e2m1(words, f, 0, dtype), _e2m1(words, f, 4, dtype), _e2m1(words, f, 1, dtype), _e2m1(words, f, 5, dtype),
             _e2m1(words, f, 2, dtype), _e2m1(words, f, 6, dtype), _e2m1(words, f, 3, dtype), _e2m1(words, f, 7, dtype),
         )  # fmt: skip
@@ -208,7 +246,7 @@ def _nvfp4_values(words, scales, dtype: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-        return _joined8(a, b, c, d, e, f, g, h)
+        return _arranged8(a, b, c, d, e, f, g, h)
 
 
 @triton.jit
@@ -218,17 +256,15 @@ def _int4(words, factor, place: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _int4_values(words, scales, dtype: tl.constexpr):
-    """Eight nibbles a word [N, 8] and the row's two bfloat16 scales as a word [N] -> values [N, 64], of each word those
-    at places 0, 4, 1, 5, 2, 6, 3, 7.
+def _int4_values(words, scale, dtype: tl.constexpr):
+    """Eight nibbles a word and its bfloat16 scale, both [N, W] -> values [N, 8 W].
 
     A nibble in the lowest bits of 2^23 (or, in bfloat16, 2^7) is that number plus the nibble: no slow integer
     conversion, and taking away 8 more is exact.
     """
-    scale = _scale_of(scales, 8, 4, 16)
     if INTERPRETED or dtype != tl.bfloat16:
         f = (scale << 16).to(tl.float32, bitcast=True)
-        return _joined8(
+        return _arranged8(
             _int4(words, f, 0, dtype), _int4(words, f, 4, dtype), _int4(words, f, 1, dtype), _int4(words, f, 5, dtype),
             _int4(words, f, 2, dtype), _int4(words, f, 6, dtype), _int4(words, f, 3, dtype), _int4(words, f, 7, dtype),
         )  # fmt: skip
@@ -241,7 +277,7 @@ def _int4_values(words, scales, dtype: tl.constexpr):
             is_pure=True,
             pack=1,
         )
-        return _joined8(a, b, c, d, e, f, g, h)
+        return _arranged8(a, b, c, d, e, f, g, h)
 
 
 @triton.jit
@@ -268,20 +304,22 @@ def accumulate(acc, x, weight, scale, n, k, K, FORMAT: tl.constexpr, BK: tl.cons
     """acc [BN, BM] + weight[n, k : k + BK] @ x [BK, BM]. n int64 [BN], rows of `weight` and `scale` (already in the
     expert).
 
-    What is quantised is a matrix of int32 words, and x is `ordered` as the format decodes them. 4-bit, where BK is 64:
-    `scale` too is a matrix of words, each of which holds the scales of 64 columns.
+    What is quantised is a matrix of int32 words, and x is `ordered` as the format decodes them, in blocks of BK. 4-bit:
+    `scale` too is a matrix of words, each of which holds the scales of 64 columns; BK is 64 or 128 and divides K.
     """
     if FORMAT == "plain":
         values = _columns(weight, n, k, K, BK, EVEN_K)
     elif FORMAT == "fp8":
         values = _fp8_values(_columns(weight, n, k // 4, K // 4, BK // 4, EVEN_K), x.dtype)
     else:
-        words = _columns(weight, n, k // 8, K // 8, BK // 8, EVEN_K)
-        scales = tl.load(scale + n * (K // 64) + k // 64)
+        width = K // 8
+        if BK == 128:  # four words at a load, not two, as the order of columns assumes
+            width = tl.multiple_of(width, 16)
+        words = _columns(weight, n, k // 8, width, BK // 8, EVEN_K)
         if FORMAT == "nvfp4":
-            values = _nvfp4_values(words, scales, x.dtype)
+            values = _nvfp4_values(words, _scales(scale, n, k, K, 2, 8, BK), x.dtype)
         else:
-            values = _int4_values(words, scales, x.dtype)
+            values = _int4_values(words, _scales(scale, n, k, K, 4, 16, BK), x.dtype)
     return dot(values, x, acc)
 
 

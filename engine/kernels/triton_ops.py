@@ -15,8 +15,8 @@ from engine.kernels.attention import ROW_ALIGN, attention
 from engine.kernels.experts import experts
 from engine.kernels.linears import gated_mlp, linear
 from engine.kernels.norms import join_attention, join_layer, qkv_norm_rope_write, rms_norm
+from engine.kernels.output import read_logits, soft_embedding
 from engine.kernels.reference import Ops
-from engine.kernels.reference_output import read_logits, soft_embedding
 from engine.kernels.routing import route
 
 

@@ -17,7 +17,7 @@ from engine.canvas import Canvas
 from engine.checkpoint import Checkpoint
 from engine.engine import DiffusionEngine
 from engine.interface import EngineError, EngineInfo, EngineOptions, GenerationRequest, Sampling
-from engine.options import chunk_beside
+from engine.options import choose_chunk, chunk_beside
 
 
 class Rig:
@@ -34,7 +34,7 @@ class Rig:
     ) -> None:
         """Raises EngineError if there is no memory for the context."""
         options = EngineOptions(model=title, context_length=context)
-        self._chunk = options.commit_chunk
+        self._chunk = choose_chunk(options.commit_chunk, checkpoint.device)
         self._chunk_beside = chunk_beside(checkpoint.device, checkpoint.config.canvas_length, self._chunk)
         self.config = checkpoint.config
         self._engine = DiffusionEngine.from_checkpoint(checkpoint, options, kernels=kernels, slots=slots)

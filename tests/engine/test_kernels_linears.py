@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from engine.kernels import reference
 from engine.kernels.linears import gated_mlp, linear
-from engine.kernels.tiles import ordered
+from engine.kernels.tiles import column_of, ordered
 from engine.kernels.weights import dense
 from tests.engine.kernel_inputs import FORMATS, assert_near, randn, random_weight
 
@@ -51,8 +53,17 @@ def test_the_two_weights_may_be_stored_differently(gate_up: str, down: str, devi
     assert_near(gated_mlp(x, first, second), reference.gated_mlp(x, first, second))
 
 
-def test_ordered(device: torch.device) -> None:
-    x = torch.arange(16, device=device).view(2, 8)
-    assert ordered(x, "plain") is x
-    assert ordered(x, "fp8")[0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert ordered(x, "nvfp4")[1].tolist() == [8, 12, 9, 13, 10, 14, 11, 15]
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("form", FORMATS)
+def test_ordered_puts_columns_where_the_kernels_do(form: str, block: int, device: torch.device) -> None:
+    x = torch.arange(256, device=device).view(2, 128)
+    placed = torch.empty(128, dtype=torch.int32, device=device)
+    column_kernel[(1,)](placed, FORM=form, BLOCK=block)
+    assert torch.equal(ordered(x, form, block)[:, placed.long()], x)
+    assert sorted(placed.tolist()) == list(range(128))
+
+
+@triton.jit
+def column_kernel(out, FORM: tl.constexpr, BLOCK: tl.constexpr):
+    columns = tl.arange(0, 128)
+    tl.store(out + columns, column_of(columns, FORM, BLOCK))
