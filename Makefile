@@ -65,7 +65,7 @@ test-clients: $(STAMP)-test .venv-clients/.installed .venv-clients/.installed-no
 	$(CLIENTS) $(ARGS)
 
 fuzz: $(STAMP)-test
-	FUZZ_CASES=$(CASES) $(BIN)/python -m pytest tests/server/test_fuzz.py tests/server/test_own_openapi.py $(ARGS)
+	FUZZ_CASES=$(CASES) $(BIN)/python -m pytest --timeout 0 tests/server/test_fuzz.py tests/server/test_own_openapi.py $(ARGS)
 
 check: $(STAMP)-dev
 	$(BIN)/ruff check .

@@ -46,7 +46,8 @@ class Sampling:
 
     The last three change what the model finds, its argmax included: they are added to the logits (softcapped, at
     temperature 1) of every pass. Penalties count the ids of the reply committed so far and, at each position of a
-    canvas, the accepted positions before it; ids that end a reply, and what fills a canvas behind one, never count.
+    canvas, the accepted positions before it (not when it is re-drawn, for they may have kept it from converging); ids
+    that end a reply, and what fills a canvas behind one, never count.
     """
 
     seed: int  # 0 <= seed < 2**64

@@ -207,9 +207,10 @@ class KVPool:
         self.values: list[Tensor] = []
         for layer in config.layers:
             shape = (self.pools[layer.kind].count, PAGE, layer.kv_heads, layer.head_dim)
-            # zeros, not garbage: a masked position's value is multiplied by zero, which NaN would survive
-            self.keys.append(torch.zeros(shape, device=device, dtype=dtype))
-            self.values.append(torch.zeros(shape, device=device, dtype=dtype))
+            # zeros, not garbage: a masked position's value is multiplied by zero, which NaN would survive; written, so
+            # that a CPU has given the memory before the first request
+            self.keys.append(torch.empty(shape, device=device, dtype=dtype).zero_())
+            self.values.append(torch.empty(shape, device=device, dtype=dtype).zero_())
 
     @property
     def device(self) -> torch.device:

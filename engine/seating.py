@@ -45,6 +45,7 @@ class Seating:
     def admit(self) -> None:
         """Seat those in line for whom there is room. They go on from what is committed of their prompts."""
         while (reply := self._scheduler.next_in_line()) is not None and self._fits(reply):
+            self._give_up_rests_of(reply)
             slot = self._scheduler.seat()
             self.vacate(slot)
             self._resume(slot, reply)
@@ -141,6 +142,14 @@ class Seating:
         for slot in self._scheduler.slots:
             total += self.seats[slot.index].cache.missing(len(slot.rest)) if slot.rest else 0
         return total
+
+    def _give_up_rests_of(self, reply: Reply) -> None:
+        """Leave rests of what `reply` goes on from: it commits them itself, and finds all that is there already."""
+        for slot in self._scheduler.slots:
+            ids = self.seats[slot.index].cache.ids
+            if slot.rest and list(ids) == reply.ids[: len(ids)]:
+                slot.rest = ()
+                self.vacate(slot)
 
     def _give_up_rest(self) -> bool:
         """Leave one reply's rest uncommitted for good; False if there is none."""

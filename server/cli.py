@@ -14,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -149,6 +150,10 @@ def bench(
     requests: Annotated[int | None, typer.Option("--requests", min=1, help="How many requests to time.")] = None,
     max_tokens: Annotated[int | None, typer.Option("--max-tokens", min=1, help="Longest reply.")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the JSON document there too.")] = None,
+    turns: Annotated[int | None, typer.Option("--turns", min=1, help="Time conversations of so many turns.")] = None,
+    parallel: Annotated[
+        int | None, typer.Option("--parallel", min=1, help="With --turns: so many, one after the other and at once.")
+    ] = None,
     shape: Annotated[
         str | None,
         typer.Option("--shape", help=f"Random weights of a real size instead of a model: {', '.join(SHAPES)}."),
@@ -173,9 +178,10 @@ def bench(
     ] = False,
 ) -> None:
     """Measure speed on this machine. The last line printed is one JSON document."""
-    from server import shape_bench
+    from server import shape_bench, turns_bench
 
     ours: dict[str, object] = {"--requests": requests, "--max-tokens": max_tokens}
+    ours |= {"--turns": turns, "--parallel": parallel}
     theirs: dict[str, object] = {
         "--weights": weights,
         "--format": form,
@@ -186,6 +192,13 @@ def bench(
     theirs |= {"--start-up": start_up, "--profile": profile, "--computed": computed}
     if shape is None:
         _refuse(theirs, "belongs to --shape, which measures a model of random weights")
+        if turns is not None:
+            _refuse({"--requests": requests}, "has no meaning with --turns, which asks one question a turn")
+            loaded = partial(build_engine, settings.engine.options(progress=sys.stderr.isatty()))
+            bench = turns_bench.Bench(loaded, _renderer, turns=turns, parallel=parallel or 1, max_tokens=max_tokens)
+            bench.report(prompt, _engine_line, json_path)
+            return
+        _refuse({"--parallel": parallel}, "belongs to --turns")
         _bench_requests(settings, prompt, requests or 5, max_tokens, json_path)
         return
     loading: dict[str, object] = {flag: True for flag in typed if flag not in ("--device", "--dtype", "--kernels")}

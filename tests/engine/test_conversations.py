@@ -85,6 +85,20 @@ def test_a_waiting_request_comes_before_the_end_of_a_reply() -> None:
     assert model.commits.count([24, 25, EOS]) == 1, "b's; a's lost the only slot"
 
 
+def test_a_turn_that_comes_at_once_finds_all_that_was_committed() -> None:
+    """Before the last canvas is committed: what lies in the last page, which is not full, is found all the same."""
+    model = ScriptedModel(countdown(6))
+    engine = make(model, context=300, slots=2)
+    engine.submit(request("a", (5, 6, 7)))
+    events: list[Event] = []
+    while not events or not isinstance(events[-1], Finished):
+        events += engine.step()
+    engine.submit(long_request("b", [5, 6, 7, *reply(events)[0], EOS, 9, 9]))
+    assert finished(checked(engine), "b").usage.cached_tokens == 3 + 4
+    assert model.commits[2] == [24, 25, EOS, 9]
+    assert len(engine.stats().running) == 0
+
+
 def test_two_conversations_taking_turns_both_keep_hitting() -> None:
     engine = make(ScriptedModel(countdown(10_000)), context=1000, commit_chunk=64)
     histories = {"x": [5] * 100, "y": [6] * 90}

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from engine import CanvasRead, CanvasRequest
-from server.infill import LONG, RIGHT_CONTEXT, SHORT
-from tests.fakes import byte_tokenizer, script
+from server.bridge import Bridge
+from server.chat import ChatService
+from server.exchange import ChatTask
+from server.infill import LONG, RIGHT_CONTEXT, SHORT, open_reply
+from server.prompt import PromptRenderer
+from tests.fakes import FakeEngine, byte_tokenizer, script
 
 Serve = Callable[..., Any]
 TOKENS = byte_tokenizer()
@@ -184,3 +190,24 @@ def test_continue(serve: Serve, path: str) -> None:
     assert [part["delta"].get("content") for chunk in chunks for part in chunk["choices"]] == ["", "xyz", None]
     assert chunks[-1]["usage"]["completion_tokens"] == 3
     assert client.request("POST", path, json={"suffix": "b"}).status_code == 400
+
+
+def test_whoever_stops_waiting_stops_the_work(prompts: PromptRenderer) -> None:
+    def slow(request: CanvasRequest) -> CanvasRead:
+        time.sleep(0.05)
+        return filler("abc")(request)
+
+    engine = FakeEngine([], reader=slow)
+    task = ChatTask(prompts=("a",), suffix="b", max_tokens=40)
+
+    async def leave(service: ChatService) -> None:
+        reply = await open_reply(service, task)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reply.fold(), 0.12)
+        await reply.close()
+
+    with Bridge(engine) as bridge:
+        asyncio.run(leave(ChatService(bridge, prompts, ["demo"])))
+    assert len(engine.canvases) == len(SHORT)
+    assert engine.cancelled, "what was waiting is not read any more"
+    assert len(engine.ended) == len(SHORT)
