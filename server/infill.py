@@ -191,7 +191,7 @@ class InfillReply:
             best = _best(tried)
             if best is not None and best.score >= CONVINCING:
                 return best
-        if best is not None and best.tokens > SHORT[-1]:  # the lengths around it were left out
+        if best is not None and best.tokens >= SHORT[-1]:  # the lengths around it were left out
             close = range(max(1, best.tokens - 4), best.tokens + 5)
             await self._attempt(gap, seed, close, tried)
         return _best(tried)
