@@ -243,7 +243,8 @@ class InfillReply:
 
 
 def _best(tried: dict[int, _Try | None]) -> _Try | None:
-    """The likeliest; of those that are as likely, the shortest: a longer one may say the same thing twice."""
+    """The likeliest; of convincing ones as likely, the shortest: a longer one may say the same thing twice."""
     found = [each for each in tried.values() if each is not None]
     highest = max((each.score for each in found), default=0.0)
-    return min((each for each in found if each.score >= highest - ALIKE), key=lambda each: each.tokens, default=None)
+    near = highest - (ALIKE if highest >= CONVINCING else 0.0)
+    return min((each for each in found if each.score >= near), key=lambda each: each.tokens, default=None)
