@@ -144,7 +144,7 @@ class Guide:
         fill strings with anything before it thinks of the quote that closes them."""
         if wanted in canvas.schedule.eos_ids or wanted == canvas.schedule.pad_id:
             closing = self._constraint.closing()
-            if any(closing):
+            if closing.count(0) != len(closing):
                 return closing
         return self._constraint.allowed()
 
