@@ -5,6 +5,7 @@
 #   make fuzz  [CASES=100000]                     the fuzz tests of the suite with so many cases
 #   make check                                    ruff, ruff format, mypy --strict, import contracts
 #   make bench [ARGS="--requests 5"]              speed of the bundled demo model on this machine
+#   make schemas FILE=schemas.jsonl [ARGS=...]    JSON schemas against the demo model and untrained ones: who keeps to them
 #   make kernels [ARGS="--chip 89"]               what every GPU kernel needs on every chip; takes no GPU
 
 SHELL := /bin/bash
@@ -12,6 +13,7 @@ SHELL := /bin/bash
 PORT ?=
 CASES ?= 100000
 ARGS ?=
+FILE ?=
 BIN := .venv/bin
 # A stamp per extra, so that a second start installs nothing until the pinned versions change.
 STAMP := .venv/.installed
@@ -22,16 +24,21 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --pro
 FAILED := { grep -v '^WARNING' $(LOG) | tail -n 15 >&2; echo "The installation failed; all of it is in $(LOG)." >&2; exit 1; }
 
 .NOTPARALLEL:
-.PHONY: help serve test test-clients fuzz check bench kernels clean
+.PHONY: help serve test test-clients fuzz check bench schemas kernels clean
 
 help:
-	@sed -n '2,8s/^#   //p' Makefile
+	@sed -n '2,9s/^#   //p' Makefile
 
 serve: $(STAMP)-run
 	@exec $(BIN)/easel serve $(if $(PORT),--port $(PORT)) $(ARGS)
 
 bench: $(STAMP)-run
 	@$(BIN)/easel bench $(ARGS)
+
+# FILE has a {"name": ..., "schema": ...} on each line.
+schemas: $(STAMP)-test
+	@test -n "$(FILE)" || { echo 'Say which schemas: make schemas FILE=schemas.jsonl' >&2; exit 2; }
+	@PYTHONPATH=. $(BIN)/python tests/bench/schemas.py $(FILE) $(ARGS)
 
 kernels: $(STAMP)-run
 	@$(BIN)/python -m engine.kernels.ahead_of_time $(ARGS)
@@ -58,7 +65,7 @@ test-clients: $(STAMP)-test .venv-clients/.installed .venv-clients/.installed-no
 	$(CLIENTS) $(ARGS)
 
 fuzz: $(STAMP)-test
-	FUZZ_CASES=$(CASES) $(BIN)/python -m pytest tests/server/test_fuzz.py tests/server/test_own_openapi.py $(ARGS)
+	FUZZ_CASES=$(CASES) $(BIN)/python -m pytest --timeout 0 tests/server/test_fuzz.py tests/server/test_own_openapi.py $(ARGS)
 
 check: $(STAMP)-dev
 	$(BIN)/ruff check .

@@ -55,6 +55,11 @@ class Bias:
         self._added[slot, ids] = torch.tensor(list(added.values()), dtype=torch.float32, device=self._device)
         self._presence[slot], self._frequency[slot] = sampling.presence_penalty, sampling.frequency_penalty
 
+    def relax(self, slot: int) -> None:
+        """From now on nothing that the slot's canvas itself holds costs anything."""
+        if self._added is not None:
+            self._presence[slot] = self._frequency[slot] = 0
+
     def clear(self, slot: int) -> None:
         """For a canvas of a request that wants none."""
         if self._added is not None:

@@ -46,13 +46,17 @@ class Canvas:
 
     @property
     def penalised(self) -> bool:
-        """Whether ids that have occurred cost something."""
-        return bool(self.sampling.presence_penalty or self.sampling.frequency_penalty)
+        """Whether ids that have occurred in the canvas cost something: not any more if it failed to converge so."""
+        return self.attempt == 0 and self._penalises
 
     @property
     def biased(self) -> bool:
         """Whether the request adds something to the logits."""
-        return self.penalised or bool(self.sampling.logit_bias)
+        return self._penalises or bool(self.sampling.logit_bias)
+
+    @property
+    def _penalises(self) -> bool:
+        return bool(self.sampling.presence_penalty or self.sampling.frequency_penalty)
 
 
 @dataclass(frozen=True)

@@ -131,13 +131,22 @@ class Guide:
             ends = self._constraint.ends()
             chosen = best[at]
             if chosen not in ends:
-                chosen = self._denoiser.best_allowed(canvas, at, self._constraint.allowed())
+                chosen = self._denoiser.best_allowed(canvas, at, self._choices(canvas, wanted=chosen))
             ids.append(chosen)
             if chosen in ends:
                 break
             if self._constraint.advance([chosen]) != 1:
                 raise ConstraintError(f"the constraint allows id {chosen} and refuses it")
         return ids
+
+    def _choices(self, canvas: Canvas, *, wanted: int) -> bytes:
+        """What may stand in the place of an id that is not allowed. A model that wants to end is helped to: it would
+        fill strings with anything before it thinks of the quote that closes them."""
+        if wanted in canvas.schedule.eos_ids or wanted == canvas.schedule.pad_id:
+            closing = self._constraint.closing()
+            if closing.count(0) != len(closing):
+                return closing
+        return self._constraint.allowed()
 
     def _with_forced(self, ids: list[int]) -> tuple[list[int], bool]:
         """Ids for the next free positions and what must follow them, and whether they end the reply."""

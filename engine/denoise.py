@@ -352,6 +352,7 @@ class Denoiser:
                 return
             canvas.attempt += 1
             canvas.passes = 0
+            self._bias.relax(canvas.slot)  # penalties within a canvas may be what keeps it from converging
             self._start(canvas)
 
     def _start(self, canvas: Canvas) -> None:

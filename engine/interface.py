@@ -46,7 +46,8 @@ class Sampling:
 
     The last three change what the model finds, its argmax included: they are added to the logits (softcapped, at
     temperature 1) of every pass. Penalties count the ids of the reply committed so far and, at each position of a
-    canvas, the accepted positions before it; ids that end a reply, and what fills a canvas behind one, never count.
+    canvas, the accepted positions before it (not when it is re-drawn, for they may have kept it from converging); ids
+    that end a reply, and what fills a canvas behind one, never count.
     """
 
     seed: int  # 0 <= seed < 2**64
@@ -101,6 +102,10 @@ class Constraint(Protocol):
     def allowed(self) -> bytes:
         """Which ids may come next, eos ids included: bit i of 32-bit words in the machine's order, for all of the
         model's vocabulary. At least one is set."""
+
+    def closing(self) -> bytes:
+        """Those of the allowed ids that close something, so that the reply comes nearer to its end; all bits are 0 if
+        there are none."""
 
     def ends(self) -> tuple[int, ...]:
         """The eos ids that may come next, the most natural one first; none if the reply is not complete here."""

@@ -7,20 +7,30 @@ Invariant: whatever text a client sends as a grammar, compiling is bounded and e
 
 from __future__ import annotations
 
+import json
+import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from functools import partial
 from itertools import takewhile
+from typing import Any, TypeVar
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine import ConstraintError
-from server.prompt import PromptRenderer
+from server.prompt import NEVER_TEXT, PromptRenderer
+
+T = TypeVar("T")
+Json = dict[str, Any]
 
 MAX_GRAMMAR_CHARACTERS = 1_000_000
 KEPT = 64  # compiled grammars
 _STACK_BYTES = 512 * 2**20  # address space, not memory: only what is used is ever taken
 _MESSAGE_CHARACTERS = 300
+# Tokens that close a string, a bracket, a call or a thought; and one that at least begins the next part.
+_CLOSERS = (r'["\]}]+|<\|"\|>|<tool_call\|>|<channel\|>', r",")
 # llguidance's own, but for the rows: an object of 1,000 properties that may all be left out takes one of 4,000 items.
 _LIMITS = LLParserLimits(max_items_in_row=8_000, verbose_errors=False)
 
@@ -32,9 +42,11 @@ class BadGrammar(Exception):
 class Automaton:
     """One reply's place in a grammar. Implements `engine.Constraint`."""
 
-    def __init__(self, matcher: LLMatcher, ends: tuple[int, ...]) -> None:
+    def __init__(self, matcher: LLMatcher, ends: tuple[int, ...], closers: Sequence[int]) -> None:
+        """`closers`: masks as numbers, of the ids that close something; the first of which some are allowed counts."""
         self._matcher = matcher
         self._ends = ends
+        self._closers = closers
 
     def advance(self, token_ids: Sequence[int]) -> int:
         """Move on by ids as long as they are allowed; returns by how many."""
@@ -65,9 +77,16 @@ class Automaton:
         for token_id in self._ends:
             bit = 1 << token_id % 8
             mask[token_id // 8] = mask[token_id // 8] | bit if may_end else mask[token_id // 8] & ~bit
-        if not any(mask):
+        if mask.count(0) == len(mask):
             raise ConstraintError("the grammar allows no token here: nothing the tokenizer has can go on")
         return bytes(mask)
+
+    def closing(self) -> bytes:
+        """Those of the allowed ids that close something; none may be."""
+        allowed = self.allowed()
+        bits = int.from_bytes(allowed, "little")
+        chosen = next((bits & closers for closers in self._closers if bits & closers), 0)
+        return chosen.to_bytes(len(allowed), "little")
 
     def ends(self) -> tuple[int, ...]:
         """The eos ids that may come next, the most natural one first."""
@@ -84,12 +103,17 @@ class Automaton:
 
 
 class GrammarCompiler:
-    """Compiles grammars for one tokenizer and keeps the last ones. Safe to use from several threads."""
+    """Compiles grammars for one tokenizer and keeps the last ones. Safe to use from several threads.
+
+    A large vocabulary takes seconds to take in, which nobody has to wait for who asks for no grammar.
+    """
 
     def __init__(self, prompts: PromptRenderer, *, vocab_size: int, eos_ids: Iterable[int]) -> None:
         turn_end = prompts.control.ids.get("<turn|>")
         self._ends = tuple(sorted(eos_ids, key=lambda token_id: (token_id != turn_end, token_id)))
-        self._tokenizer = LLTokenizer(prompts.for_automaton(), n_vocab=vocab_size, eos_token=list(self._ends))
+        self._vocabulary: Future[_Vocabulary] = Future()
+        take_in = partial(_fulfil, self._vocabulary, partial(_Vocabulary, prompts, vocab_size, self._ends))
+        threading.Thread(target=take_in, name="vocabulary", daemon=True).start()
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -102,30 +126,67 @@ class GrammarCompiler:
                 if len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(grammar)
-            return Automaton(matcher.deep_copy(), self._ends)
+            return Automaton(matcher.deep_copy(), self._ends, self._vocabulary.result().closers)
 
     def _compile(self, grammar: str) -> LLMatcher:
         if len(grammar) > MAX_GRAMMAR_CHARACTERS:
             raise BadGrammar(f"it comes to more than {MAX_GRAMMAR_CHARACTERS:,} characters")
-        made: list[LLMatcher] = []
+        tokenizer = self._vocabulary.result().tokenizer
 
-        def work() -> None:
-            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=_LIMITS)
+        def compiled() -> LLMatcher:
+            matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
             if not matcher.is_error():
                 matcher.compute_bitmask()  # the first mask is the slowest, and tells what the grammar itself does not
-            made.append(matcher)
+            return matcher
 
+        result: Future[LLMatcher] = Future()
         before = threading.stack_size(_STACK_BYTES)
         try:
-            thread = threading.Thread(target=work, name="grammar")
-            thread.start()
+            threading.Thread(target=_fulfil, args=(result, compiled), name="grammar").start()
         finally:
             threading.stack_size(before)
-        thread.join()
-        (matcher,) = made
+        matcher = result.result()
         if matcher.is_error():
             raise BadGrammar(line(matcher.get_error()))
         return matcher
+
+
+def _fulfil(future: Future[T], make: Callable[[], T]) -> None:
+    try:
+        future.set_result(make())
+    except Exception as error:
+        future.set_exception(error)
+
+
+class _Vocabulary:
+    """A model's tokens, as an automaton needs them."""
+
+    def __init__(self, prompts: PromptRenderer, size: int, ends: Sequence[int]) -> None:
+        names = prompts.vocabulary()
+        document = _with_specials(prompts.document(), names, prompts.control.names)
+        self.tokenizer = LLTokenizer(document, n_vocab=size, eos_token=list(ends))
+        self.closers = [_mask(names, pattern) for pattern in _CLOSERS]
+
+
+def _with_specials(document: Json, names: Mapping[str, int], control: Container[int]) -> str:
+    """A tokenizer as JSON in which every id that is never shown as text is marked special."""
+    added = {entry["id"]: entry for entry in document["added_tokens"]}
+    for name, token_id in names.items():
+        if token_id in control or NEVER_TEXT.fullmatch(name):
+            entry = {"id": token_id, "content": name, "single_word": False, "lstrip": False, "rstrip": False}
+            added[token_id] = {**added.get(token_id, entry), "normalized": False, "special": True}
+    document["added_tokens"] = [added[token_id] for token_id in sorted(added)]
+    return json.dumps(document)
+
+
+def _mask(names: Mapping[str, int], pattern: str) -> int:
+    """The ids of the tokens that are spelled as a regular expression says: bit i of a number for id i."""
+    spelled = re.compile(pattern)
+    ids = [token_id for name, token_id in names.items() if spelled.fullmatch(name)]
+    mask = bytearray(max(ids, default=0) // 8 + 1)
+    for token_id in ids:
+        mask[token_id // 8] |= 1 << token_id % 8
+    return int.from_bytes(mask, "little")
 
 
 def line(message: str) -> str:

@@ -34,7 +34,7 @@ TURN_OPEN = "<|turn>"
 BOS = "<bos>"
 
 _MARKER_SHAPE = re.compile(r"<\|.+>|<.+\|>")  # Gemma's way of writing a control token
-_NEVER_TEXT = re.compile(r"<unused\d+>")  # reserved ids; noise may hit them, a reply must not show them
+NEVER_TEXT = re.compile(r"<unused\d+>")  # reserved ids; noise may hit them, a reply must not show them
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Stand-ins must survive what templates do to text: printable (Python's repr would escape a private-use character),
 # without case, no whitespace, never escaped in JSON. CJK extension B is 42,720 of them and almost never used.
@@ -255,7 +255,7 @@ class PromptRenderer:
         A token that is a part of a character is shown as an escape.
         """
         name = self._tokenizer.id_to_token(token_id)
-        if name is None or token_id in self.control.names or _NEVER_TEXT.fullmatch(name):
+        if name is None or token_id in self.control.names or NEVER_TEXT.fullmatch(name):
             return name or "", None
         byte = _BYTE_TOKEN.fullmatch(name)
         if byte:
@@ -275,16 +275,15 @@ class PromptRenderer:
             pieces += [piece[0], piece[1:]] if is_control else [piece]
         return [token for piece in pieces for token in self._tokenizer.encode(piece, add_special_tokens=False).ids]
 
-    def for_automaton(self) -> str:
-        """The tokenizer as JSON in which every id that is never shown as text is marked special."""
+    def vocabulary(self) -> dict[str, int]:
+        """Ids by how their tokens are spelled."""
+        names: dict[str, int] = self._tokenizer.get_vocab()
+        return names
+
+    def document(self) -> dict[str, Any]:
+        """The tokenizer as JSON."""
         document: dict[str, Any] = json.loads(self._tokenizer.to_str())
-        added = {entry["id"]: entry for entry in document["added_tokens"]}
-        for name, token_id in self._tokenizer.get_vocab().items():
-            if token_id in self.control.names or _NEVER_TEXT.fullmatch(name):
-                entry = {"id": token_id, "content": name, "single_word": False, "lstrip": False, "rstrip": False}
-                added[token_id] = {**added.get(token_id, entry), "normalized": False, "special": True}
-        document["added_tokens"] = [added[token_id] for token_id in sorted(added)]
-        return json.dumps(document)
+        return document
 
     def detokenizer(self) -> Detokenizer:
         """A fresh detokenizer for one reply."""
@@ -357,7 +356,7 @@ class Detokenizer:
         pieces: list[str | Marker] = list(self.finish())
         if token_id in self._control.names:
             pieces.append(Marker(self._control.names[token_id]))
-        elif _NEVER_TEXT.fullmatch(name):
+        elif NEVER_TEXT.fullmatch(name):
             pieces.append(Marker(name))
         else:
             text = self._tokenizer.decode([token_id], skip_special_tokens=False)

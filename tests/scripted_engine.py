@@ -31,10 +31,14 @@ class NoMemory:
     def wipe_page(self, kind: str, page: int) -> None: ...
 
 
-def bare_caches(slots: int, context: int, canvas_length: int) -> list[KVCache]:
-    """Slots without tensors."""
-    counts = pages_of_a_slot(capacity=context, window=WINDOW, ahead=CHUNK + canvas_length)
-    prefixes = PrefixCache({kind: PagePool(slots * count) for kind, count in counts.items()}, WINDOW)
+def bare_caches(
+    slots: int, context: int, *, ahead: int, pages: int | None = None, window: int = WINDOW
+) -> list[KVCache]:
+    """Slots without tensors; `pages` for the full layers, as many as they can use if left out. `ahead`: positions that
+    a pass adds at most."""
+    counts = pages_of_a_slot(capacity=context, window=window, ahead=ahead)
+    full = slots * counts["full"] if pages is None else pages
+    prefixes = PrefixCache({"sliding": PagePool(slots * counts["sliding"] + 40), "full": PagePool(full)}, window)
     return [KVCache(prefixes, NoMemory(), context) for _ in range(slots)]
 
 
@@ -135,7 +139,7 @@ def scripted_engine(
     )
     return DiffusionEngine(
         Model(choose, canvas_length, vocab_size),  # type: ignore[arg-type]
-        bare_caches(slots, context, canvas_length),
+        bare_caches(slots, context, ahead=CHUNK + canvas_length),
         schedule,
         info,
         max_waiting=64,

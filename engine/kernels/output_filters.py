@@ -271,22 +271,21 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-def case(name: str, kernel: Any, constants: dict[str, Any], num_warps: int, *, odd: bool) -> KernelCase:
-    """One of the output side's; odd: of a vocabulary that no tile divides."""
-    types = ARGUMENTS | (dict.fromkeys(("vocab", "count"), "i32") if odd else {})
-    signature = {argument: types[argument] for argument in kernel.arg_names if argument not in constants}
+def case(name: str, kernel: Any, constants: dict[str, Any], num_warps: int) -> KernelCase:
+    """One of the output side's."""
+    signature = {argument: ARGUMENTS[argument] for argument in kernel.arg_names if argument not in constants}
     return KernelCase(
         name=name, kernel=kernel, signature=signature, constants=constants, num_warps=num_warps, num_stages=3
     )
 
 
-def filter_cases(label: str, count: int, tile: int, group: int, *, odd: bool, biased: bool) -> list[KernelCase]:
+def filter_cases(label: str, count: int, tile: int, group: int, *, biased: bool) -> list[KernelCase]:
     """For a vocabulary of `count` tiles, for which `short_kernel` does not care."""
-    long = {"BIASED": biased, "EVEN": not odd, "N": tile, "T": triton.next_power_of_2(count), "PROBES": PROBES}
-    listing = {"GROUPS": GROUPS, "G": triton.next_power_of_2(count * tile // group)}
-    found = [case(f"output_long[{label}]", long_kernel, long, SEARCH_WARPS, odd=odd)]
+    long = {"BIASED": biased, "EVEN": True, "N": tile, "T": count, "PROBES": PROBES}
+    found = [case(f"output_long[{label}]", long_kernel, long, SEARCH_WARPS)]
     if not biased:
-        found.append(case(f"output_shortlist[{label}]", shortlist_kernel, listing, LIST_WARPS, odd=odd))
+        listing = {"GROUPS": GROUPS, "G": count * tile // group}
+        found.append(case(f"output_shortlist[{label}]", shortlist_kernel, listing, LIST_WARPS))
     return found
 
 
@@ -298,7 +297,6 @@ def short_cases(group: int) -> list[KernelCase]:
             short_kernel,
             {"BIASED": biased, "GROUPS": GROUPS, "GROUP": group},
             SEARCH_WARPS,
-            odd=False,
         )
         for biased in (False, True)
     ]

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Discriminator, Field, StrictBool, StrictStr, Tag
 from pydantic_core import PydanticCustomError
 
 from server.dialects.chat_schema import CallId
+from server.dialects.responses_schema import OtherItem
 from server.schema import BRANCH, OPEN, Seed, refuse
 
 MAX_QUESTIONS = 400  # OpenAI's
@@ -91,17 +92,6 @@ class ResultItem(BaseModel):
     type: Literal["function_call_output", "custom_tool_call_output"]
     call_id: CallId
     output: Content
-
-
-class OtherItem(BaseModel):
-    """An item of any other type."""
-
-    model_config = OPEN
-    type: str
-
-    @model_validator(mode="after")
-    def _refuse(self) -> OtherItem:
-        raise refuse(f"item of type {self.type[:40]}", "is not supported")
 
 
 _CALLS = {"function_call": "~call", "custom_tool_call": "~call"}

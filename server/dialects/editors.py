@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field
 
 from server.dialects.openai_chat import body, chunks
+from server.dialects.structure_schema import GuidedFields, ResponseFormatFields
 from server.exchange import ChatTask, Delta, ReplyDone
 from server.replies import FoldedChoice, Reply
 from server.schema import OPEN, DrawFields, SamplingFields, parse
@@ -25,7 +26,7 @@ Json = dict[str, Any]
 DEFAULT_MAX_TOKENS = 64  # of a gap, where the editor sets no bound
 
 
-class FimRequest(SamplingFields):
+class FimRequest(SamplingFields, ResponseFormatFields):
     """The body of `POST /v1/fim/completions`."""
 
     prompt: str
@@ -58,6 +59,7 @@ def read_fim(document: bytes) -> AskedFim:
         suffix=request.suffix or "",
         model=request.model,
         max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
+        structure=request.structure(),
         **request.sampling(),
     )
     include_usage = bool(request.stream_options and request.stream_options.include_usage)
@@ -72,7 +74,7 @@ class ExtraFile(BaseModel):
     text: str
 
 
-class LlamaRequest(DrawFields):
+class LlamaRequest(DrawFields, GuidedFields):
     """The body of llama.cpp's `POST /infill`. `prompt` is the beginning of what stands in the gap."""
 
     input_prefix: str = ""
@@ -123,6 +125,7 @@ def read_llama(document: bytes) -> AskedLlama:
         model=request.model,
         max_tokens=DEFAULT_MAX_TOKENS if bound is None or bound < 0 else bound,
         stop=tuple(request.stop or ()),
+        structure=request.structure(),
         **request.draw(),
     )
     return AskedLlama(task, bool(request.stream))

@@ -206,3 +206,16 @@ def test_a_request_that_makes_no_sense_is_refused(changes: dict[str, object], fi
     check_request(request(), V, C)
     with pytest.raises(EngineError, match=field):
         check_request(request(**changes), V, C)
+
+
+def test_penalties_that_keep_a_canvas_from_converging_are_left_out_of_its_redraw() -> None:
+    def restless(call: int, ids: Tensor, soft: Tensor) -> Tensor:
+        """Sure of id 5 everywhere; where that is taken away, of nothing."""
+        return torch.zeros(C, V).scatter(1, torch.full((C, 1), 5), 20.0)
+
+    sampling = Sampling(seed=1, presence_penalty=19.5)
+    subject = denoiser(ScriptedModel(restless))
+    canvas = run(subject, subject.open(0, sampling, 0))
+    assert (canvas.state, canvas.attempt, set(canvas.result)) == ("done", 1, {5})
+    again = subject.open(0, sampling, 1)
+    assert run(subject, again).attempt == 1, "the next canvas is penalised again"

@@ -13,6 +13,7 @@ from engine.interface import CanvasDone, ConstraintError, Finished, GenerationRe
 from tests.scripted_engine import Choose, babble, scripted_engine
 
 C, V, EOS = 8, 40, 1
+CLOSERS = {39}
 
 
 class Trie:
@@ -50,6 +51,12 @@ class Trie:
             mask[token_id // 8] |= 1 << token_id % 8
         if not any(mask):
             raise ConstraintError("nowhere to go")
+        return bytes(mask)
+
+    def closing(self) -> bytes:
+        mask = bytearray(8)
+        for token_id in self._next() & CLOSERS:
+            mask[token_id // 8] |= 1 << token_id % 8
         return bytes(mask)
 
     def ends(self) -> tuple[int, ...]:
@@ -127,6 +134,18 @@ def test_the_likeliest_allowed_id_replaces_one_that_is_not() -> None:
 
     ids, _, end = reply(engine(choose), free(20, 21))
     assert (ids, end.reason, end.stop_id) == ([21, 11, 11, 11, 11, 11], "stop", EOS)
+
+
+@pytest.mark.parametrize("wanted", [EOS, 0])
+def test_a_model_that_wants_to_end_is_helped_to(wanted: int) -> None:
+    """What closes is not what the model finds likeliest among what is allowed."""
+
+    def choose(committed: list[int], canvas: Tensor) -> Tensor:
+        logits = sure(20, wanted, 0, 0, 0, 0, 0, 0)
+        logits[:, 10] = 20.0
+        return logits
+
+    assert reply(engine(choose), Trie((20, 39), (20, 10, 10, 10, 39), (20, 10, 39)))[0] == [20, 39]
 
 
 def test_what_is_forced_takes_no_step() -> None:

@@ -29,51 +29,11 @@ from engine.interface import (
 )
 from engine.kernels.reference_output import Draw, Reading, read_logits
 from engine.kv_cache import KVCache
-from engine.pages import PagePool, pages_of_a_slot
-from engine.prefix_cache import PrefixCache
+from tests.scripted_engine import Plan, bare_caches
 
 C, V = 4, 40
 EOS = 1
 CPU = torch.device("cpu")
-
-
-class NoMemory:
-    """Pages without contents: what is in them is known from the ids."""
-
-    def copy_page(self, kind: str, source: int, target: int) -> None: ...
-
-    def wipe_page(self, kind: str, page: int) -> None: ...
-
-
-def bare_caches(slots: int, context: int, chunk: int, pages: int | None = None, window: int = 100) -> list[KVCache]:
-    """Slots without tensors; `pages` for the full layers, as many as they can use if left out."""
-    counts = pages_of_a_slot(capacity=context, window=window, ahead=max(chunk, C) + C)
-    full = slots * counts["full"] if pages is None else pages
-    pools = {"sliding": PagePool(slots * counts["sliding"] + 40), "full": PagePool(full)}
-    prefixes = PrefixCache(pools, window)
-    return [KVCache(prefixes, NoMemory(), context) for _ in range(slots)]
-
-
-class ScriptedPlan:
-    """As much of a PassPlan as the loop looks at, and what its model needs."""
-
-    def __init__(
-        self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[tuple[int, KVCache]]
-    ) -> None:
-        self.commits, self.canvases = commits, canvases
-        for ids, cache in commits:
-            cache.reserve(len(ids))
-        for _, cache in canvases:
-            cache.reserve(len(self.coming(cache)) + C)
-        self.slots = torch.tensor([slot for slot, _ in canvases], dtype=torch.int64)
-        self.layout = (len(commits), len(canvases))
-
-    def coming(self, cache: KVCache) -> list[int]:
-        return [token_id for ids, owner in self.commits if owner is cache for token_id in ids]
-
-    def advance(self) -> None:
-        for ids, cache in self.commits:
-            cache.advance(len(ids))
 
 
 class ScriptedModel:
@@ -88,21 +48,19 @@ class ScriptedModel:
         self.fail_commit_of: int | None = None
         self.error: Exception = RuntimeError("kaput")
 
-    def plan(
-        self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[tuple[int, KVCache]]
-    ) -> ScriptedPlan:
+    def plan(self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[tuple[int, KVCache]]) -> Plan:
         for ids, _ in commits:
             if self.fail_commit_of in ids:
                 raise self.error
-        return ScriptedPlan(commits, canvases)
+        return Plan(commits, canvases, C)
 
-    def forward(self, plan: ScriptedPlan, canvas: Tensor | None, soft: Tensor | None) -> Tensor | None:
+    def forward(self, plan: Plan, canvas: Tensor | None, soft: Tensor | None) -> Tensor | None:
         """Like the real one: a pass that fails leaves the caches as they were."""
         logits = None
         if canvas is not None:
             self.passes += 1
             assert canvas.shape == (len(plan.slots), C)
-            prefixes = [list(cache.ids) + plan.coming(cache) for _, cache in plan.canvases]
+            prefixes = [plan.prefix(cache) for _, cache in plan.canvases]
             logits = torch.stack([self.choose(prefix, ids) for prefix, ids in zip(prefixes, canvas, strict=True)])
         self.commits += [list(ids) for ids, _ in plan.commits]
         return logits
@@ -176,7 +134,7 @@ def make(
     )
     return DiffusionEngine(
         model,  # type: ignore[arg-type]
-        bare_caches(slots, context, commit_chunk, pages),
+        bare_caches(slots, context, ahead=max(commit_chunk, C) + C, pages=pages),
         schedule,
         info,
         max_waiting=max_waiting,

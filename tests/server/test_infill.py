@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from engine import CanvasRead, CanvasRequest
-from server.infill import LONG, RIGHT_CONTEXT, SHORT
-from tests.fakes import byte_tokenizer, script
+from server.bridge import Bridge
+from server.chat import ChatService
+from server.exchange import ChatTask
+from server.infill import LONG, RIGHT_CONTEXT, SHORT, open_reply
+from server.prompt import PromptRenderer
+from tests.fakes import FakeEngine, byte_tokenizer, script
 
 Serve = Callable[..., Any]
 TOKENS = byte_tokenizer()
@@ -59,6 +65,15 @@ def test_the_canvas(serve: Serve) -> None:
     assert request.canvas == (None, None, None, *ids_of(" 1"), 1), "the suffix, and the end of the text"
     assert request.allowed is None
     assert {1, 106, 50, 100} <= {token for token, bias in request.sampling.logit_bias if bias == -100}
+
+
+def test_of_equally_likely_lengths_the_shortest_is_kept(serve: Serve) -> None:
+    def read(request: CanvasRequest) -> CanvasRead:
+        score = {3: -0.015, 6: 0.0, 2: -0.5}.get(request.free, -2.0)
+        ids = ids_of("abcdefgh")[: request.free] + [token for token in request.canvas if token is not None]
+        return CanvasRead(request_id=request.id, token_ids=tuple(ids), logprobs=(score,) * len(ids), steps=1)
+
+    assert complete(serve(reader=read)).json()["choices"][0]["text"] == "abc"
 
 
 def test_long_gaps_are_tried_only_where_no_short_one_fits(serve: Serve) -> None:
@@ -184,3 +199,24 @@ def test_continue(serve: Serve, path: str) -> None:
     assert [part["delta"].get("content") for chunk in chunks for part in chunk["choices"]] == ["", "xyz", None]
     assert chunks[-1]["usage"]["completion_tokens"] == 3
     assert client.request("POST", path, json={"suffix": "b"}).status_code == 400
+
+
+def test_whoever_stops_waiting_stops_the_work(prompts: PromptRenderer) -> None:
+    def slow(request: CanvasRequest) -> CanvasRead:
+        time.sleep(0.05)
+        return filler("abc")(request)
+
+    engine = FakeEngine([], reader=slow)
+    task = ChatTask(prompts=("a",), suffix="b", max_tokens=40)
+
+    async def leave(service: ChatService) -> None:
+        reply = await open_reply(service, task)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(reply.fold(), 0.12)
+        await reply.close()
+
+    with Bridge(engine) as bridge:
+        asyncio.run(leave(ChatService(bridge, prompts, ["demo"])))
+    assert len(engine.canvases) == len(SHORT)
+    assert engine.cancelled, "what was waiting is not read any more"
+    assert len(engine.ended) == len(SHORT)

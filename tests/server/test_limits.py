@@ -152,10 +152,10 @@ JSON = st.recursive(
     max_leaves=12,
 )
 FIELDS = {
-    openai_chat.read: ["messages", "tools", "tool_choice", "stop", "stream_options", "reasoning_effort", "seed"],
-    completions.read: ["prompt", "echo", "best_of", "n", "stop", "max_tokens"],
+    openai_chat.read: ["messages", "tools", "tool_choice", "stop", "stream_options", "seed", "response_format"],
+    completions.read: ["prompt", "echo", "best_of", "n", "guided_json", "guided_choice", "structured_outputs"],
     anthropic.read: ["messages", "system", "tools", "tool_choice", "thinking", "output_config", "stop_sequences"],
-    responses.read: ["input", "instructions", "tools", "reasoning", "text", "include", "previous_response_id"],
+    responses.read: ["input", "tools", "tool_choice", "reasoning", "text", "include", "previous_response_id"],
 }
 STORE = ResponseStore()
 PROMPTS = PromptRenderer(byte_tokenizer(), Template())
