@@ -31,6 +31,7 @@ EOS = "<eos>"
 SHORT = tuple(range(1, 9))  # gap lengths tried first
 LONG = (10, 12, 15, 19, 24, 30, 38, 48), (60, 75, 94, 118, 147, 184, 230)  # and then, a batch at a time
 CONVINCING = -0.1  # mean log-probability from which on nothing longer is tried
+ALIKE = 0.02  # scores that differ by less say nothing
 RIGHT_CONTEXT = 16  # tokens of the suffix that must have room on the canvas, and that count for the score
 
 
@@ -190,7 +191,7 @@ class InfillReply:
             best = _best(tried)
             if best is not None and best.score >= CONVINCING:
                 return best
-        if best is not None and best.tokens > SHORT[-1]:  # the lengths around it were left out
+        if best is not None and best.tokens >= SHORT[-1]:  # the lengths around it were left out
             close = range(max(1, best.tokens - 4), best.tokens + 5)
             await self._attempt(gap, seed, close, tried)
         return _best(tried)
@@ -242,4 +243,8 @@ class InfillReply:
 
 
 def _best(tried: dict[int, _Try | None]) -> _Try | None:
-    return max((each for each in tried.values() if each is not None), key=lambda each: each.score, default=None)
+    """The likeliest; of convincing ones as likely, the shortest: a longer one may say the same thing twice."""
+    found = [each for each in tried.values() if each is not None]
+    highest = max((each.score for each in found), default=0.0)
+    near = highest - (ALIKE if highest >= CONVINCING else 0.0)
+    return min((each for each in found if each.score >= near), key=lambda each: each.tokens, default=None)

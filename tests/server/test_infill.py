@@ -67,6 +67,15 @@ def test_the_canvas(serve: Serve) -> None:
     assert {1, 106, 50, 100} <= {token for token, bias in request.sampling.logit_bias if bias == -100}
 
 
+def test_of_equally_likely_lengths_the_shortest_is_kept(serve: Serve) -> None:
+    def read(request: CanvasRequest) -> CanvasRead:
+        score = {3: -0.015, 6: 0.0, 2: -0.5}.get(request.free, -2.0)
+        ids = ids_of("abcdefgh")[: request.free] + [token for token in request.canvas if token is not None]
+        return CanvasRead(request_id=request.id, token_ids=tuple(ids), logprobs=(score,) * len(ids), steps=1)
+
+    assert complete(serve(reader=read)).json()["choices"][0]["text"] == "abc"
+
+
 def test_long_gaps_are_tried_only_where_no_short_one_fits(serve: Serve) -> None:
     client = serve(reader=filler("y" * 17))
     complete(client)
