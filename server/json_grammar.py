@@ -27,7 +27,7 @@ FORMATS = frozenset(
 )  # fmt: skip
 # Keywords with values of the wrong type fail in many ways; all of them mean "this is no schema".
 UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": r",( |\n {0,24})?", "key_separator": ": ?"}
 _ONE = ("items", "additionalProperties", "additionalItems", "contains", "not", "if", "then", "else", "propertyNames")
 _LIST = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
