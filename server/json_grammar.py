@@ -1,7 +1,8 @@
 """JSON schemas as llguidance reads them: what it would read otherwise than JSON Schema means is put right or refused.
 
-Separators are `,` and `:` with one space or none behind them and there is no other white space, so an untrained model
-cannot write white space for ever and most of an object is no choice at all. Properties come in the schema's order.
+Separators are `,` and `:` with one space or none behind them, or a new line with an indentation behind `,`, and there is
+no other white space, so an untrained model cannot write white space for ever and most of an object is no choice at all.
+Properties come in the schema's order.
 `format` is enforced where llguidance knows it and a note otherwise, as in JSON Schema.
 Invariant: a JSON text that follows the grammar is valid against the schema, or the schema is refused.
 """
