@@ -29,8 +29,6 @@ MAX_GRAMMAR_CHARACTERS = 1_000_000
 KEPT = 64  # compiled grammars
 _STACK_BYTES = 512 * 2**20  # address space, not memory: only what is used is ever taken
 _MESSAGE_CHARACTERS = 300
-# Tokens that close a string, a bracket, a call or a thought; and one that at least begins the next part.
-_CLOSERS = (r'["\]}]+|<\|"\|>|<tool_call\|>|<channel\|>', r",")
 # llguidance's own, but for the rows: an object of 1,000 properties that may all be left out takes one of 4,000 items.
 _LIMITS = LLParserLimits(max_items_in_row=8_000, verbose_errors=False)
 
@@ -39,11 +37,30 @@ class BadGrammar(Exception):
     """The grammar cannot be compiled. The message says why, in a line."""
 
 
+class Closers:
+    """The tokens that close something, as masks: bit i of a number for id i."""
+
+    def __init__(self, names: Mapping[str, int]) -> None:
+        self._quotes = _mask(names, r'"[\]},]*|<\|"\|>|<channel\|>')
+        self._brackets = _mask(names, r"[\]}]+|<tool_call\|>")
+        self._comma = _mask(names, ",")  # at least begins the next part
+        self._in_text = _mask(names, r"[\]}]")
+
+    def among(self, allowed: int) -> int:
+        """Those of a mask that bring a reply nearer to its end; 0 if none do.
+
+        Where any bracket is allowed all of them are text, of which only a quote is the end; elsewhere a quote begins.
+        """
+        if allowed & self._in_text == self._in_text:
+            return allowed & self._quotes
+        kinds = (allowed & kind for kind in (self._brackets, self._comma, self._quotes))
+        return next(filter(None, kinds), 0)
+
+
 class Automaton:
     """One reply's place in a grammar. Implements `engine.Constraint`."""
 
-    def __init__(self, matcher: LLMatcher, ends: tuple[int, ...], closers: Sequence[int]) -> None:
-        """`closers`: masks as numbers, of the ids that close something; the first of which some are allowed counts."""
+    def __init__(self, matcher: LLMatcher, ends: tuple[int, ...], closers: Closers) -> None:
         self._matcher = matcher
         self._ends = ends
         self._closers = closers
@@ -84,9 +101,7 @@ class Automaton:
     def closing(self) -> bytes:
         """Those of the allowed ids that close something; none may be."""
         allowed = self.allowed()
-        bits = int.from_bytes(allowed, "little")
-        chosen = next((bits & closers for closers in self._closers if bits & closers), 0)
-        return chosen.to_bytes(len(allowed), "little")
+        return self._closers.among(int.from_bytes(allowed, "little")).to_bytes(len(allowed), "little")
 
     def ends(self) -> tuple[int, ...]:
         """The eos ids that may come next, the most natural one first."""
@@ -165,7 +180,7 @@ class _Vocabulary:
         names = prompts.vocabulary()
         document = _with_specials(prompts.document(), names, prompts.control.names)
         self.tokenizer = LLTokenizer(document, n_vocab=size, eos_token=list(ends))
-        self.closers = [_mask(names, pattern) for pattern in _CLOSERS]
+        self.closers = Closers(names)
 
 
 def _with_specials(document: Json, names: Mapping[str, int], control: Container[int]) -> str:
@@ -191,5 +206,7 @@ def _mask(names: Mapping[str, int], pattern: str) -> int:
 
 def line(message: str) -> str:
     """The part of a message of llguidance that is about the grammar, in one line."""
+    if message.startswith("oneOf"):  # its advice is for whoever calls it
+        return "'oneOf' is supported only where at most one branch can hold: by type, or by a required constant"
     lines = takewhile(lambda line: not line.startswith("<state>"), message.splitlines())
     return " ".join(" ".join(lines).split())[:_MESSAGE_CHARACTERS]

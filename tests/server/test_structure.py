@@ -411,3 +411,41 @@ def test_any_json_at_all_is_a_schema_or_a_refusal(schema: Any) -> None:
             STRUCTURES.constraint(task, "content")
         except ApiError as error:
             assert error.status == 400
+
+
+def test_two_replies_to_the_same_form_stand_apart() -> None:
+    one, other = (STRUCTURES.constraint(json_task({"enum": ["ab", "cd"]}), "content") for _ in range(2))
+    assert one is not None
+    assert other is not None
+    assert one.advance(PROMPTS.encode('"ab"')) == 4
+    assert one.must_end
+    assert one.ends() == (106, 1, 50), "the end of a turn is the most natural"
+    assert other.advance(PROMPTS.encode('"cd"')) == 4
+    one.rollback(2)
+    assert PROMPTS.decode(one.forced()) == 'b"'
+
+
+def test_what_closes_comes_before_what_only_goes_on() -> None:
+    kinds = {"a": {"type": "string"}, "b": {"type": "integer"}, "c": {"type": "array", "items": {"type": "string"}}}
+    schema = {"type": "object", "properties": kinds, "required": list(kinds), "additionalProperties": False}
+    constraint = STRUCTURES.constraint(json_task(schema), "content")
+    assert constraint is not None
+
+    def closing() -> str:
+        mask = constraint.closing()
+        return PROMPTS.decode(token_id for token_id in range(512) if mask[token_id // 8] >> token_id % 8 & 1)
+
+    constraint.advance(PROMPTS.encode('{"a":"x'))
+    assert closing() == '"'
+    constraint.advance(PROMPTS.encode('"'))
+    assert closing() == ","
+    constraint.advance(PROMPTS.encode(',"b":'))
+    assert closing() == ""
+    constraint.advance(PROMPTS.encode("5"))
+    assert closing() == ","
+    constraint.advance(PROMPTS.encode(',"c":["]}'))
+    assert closing() == '"'
+    constraint.advance(PROMPTS.encode('"'))
+    assert closing() == "]"
+    constraint.advance(PROMPTS.encode("]"))
+    assert closing() == "}"
