@@ -255,7 +255,7 @@ class TerminalChat:
 
 
 def _drawn(draft: Draft, width: int) -> Text:
-    """A canvas: what is accepted as text, the rest as noise, the denser the less sure. Behind the end nothing is drawn."""
+    """A canvas: what is accepted as text, the rest as noise, the denser the less sure. Nothing behind the end."""
     last = max((place for place, token in enumerate(draft.tokens) if token is not None), default=-1)
     accepted, drawn = set(draft.accepted), Text("\n")
     for place, (token, entropy) in enumerate(zip(draft.tokens[: last + 1], draft.entropy, strict=False)):
