@@ -16,7 +16,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,7 @@ from engine.checkpoint import Checkpoint, plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
 from engine.constrain import Guide
 from engine.denoise import Denoiser, Model
+from engine.device_memory import MemoryGauge
 from engine.formats import choose
 from engine.interface import (
     CanvasRequest,
@@ -106,6 +107,7 @@ class DiffusionEngine:
             eos_ids=info.eos_ids,
         )
         self._seating = Seating(self._scheduler, caches, commit_chunk=commit_chunk, canvas_length=info.canvas_length)
+        self._memory = MemoryGauge(self._device)
         self._closed = False
 
     @classmethod
@@ -254,7 +256,7 @@ class DiffusionEngine:
     def stats(self) -> EngineStats:
         """A snapshot, taken between two steps."""
         self._require_open()
-        return self._seating.stats()
+        return replace(self._seating.stats(), memory=self._memory.read())
 
     def close(self) -> None:
         """Free the model's memory. Requests still running are dropped without an event. May be called again."""

@@ -251,6 +251,14 @@ class PoolStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceMemory:
+    """Memory of the GPU in bytes, whoever uses it; at most a second old when it was taken."""
+
+    used: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """What the engine is at, and counts since the start."""
 
@@ -262,6 +270,7 @@ class EngineStats:
     cached_tokens: int  # prompt tokens whose KV was reused
     committed_tokens: int  # prompts and replies
     preemptions: int  # requests that lost their slot for a while because memory was short
+    memory: DeviceMemory | None = None  # None without a GPU
 
 
 class Engine(Protocol):

@@ -335,7 +335,9 @@ class ChatReply:
                     running.finished = event
                     delta = choice.end(complete=event.reason == "stop")
                 if delta is not None:
-                    first_text = first_text or time.monotonic()
+                    if first_text is None:
+                        first_text = time.monotonic()
+                        self._bridge.metrics.first_text(first_text - self.began)
                     yield delta
                 if isinstance(event, Finished):
                     reason = choice.finish_reason(event)
