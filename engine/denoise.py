@@ -227,6 +227,13 @@ class Denoiser:
         """The argmax and the entropy in nats of every position after the last pass; pins count as found, and sure."""
         return self._best[canvas.slot].tolist(), self._entropy[canvas.slot].tolist()
 
+    def accepted(self, canvas: Canvas) -> tuple[list[int], list[float], list[int]]:
+        """What `found` tells, and the positions that the last pass accepted: one read of the device."""
+        slot = canvas.slot
+        state = torch.stack([each[slot].double() for each in (self._best, self._entropy, self._kept)])
+        best, entropy, kept = state.tolist()
+        return [int(token_id) for token_id in best], entropy, [place for place, is_kept in enumerate(kept) if is_kept]
+
     def best_allowed(self, canvas: Canvas, position: int, allowed: bytes) -> int:
         """The likeliest id of the last pass at a position of a guided canvas, among those whose bit is set.
 
