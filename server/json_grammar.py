@@ -1,6 +1,6 @@
 """JSON schemas as llguidance reads them: what it would read otherwise than JSON Schema means is put right or refused.
 
-Separators are `,` and `:` with one space or none behind them, or a new line with an indentation behind `,`, and there is
+Separators are `,` and `:` with one space or none behind them, or a new line with an indentation behind `,`. There is
 no other white space, so an untrained model cannot write white space for ever and most of an object is no choice at all.
 Properties come in the schema's order.
 `format` is enforced where llguidance knows it and a note otherwise, as in JSON Schema.
