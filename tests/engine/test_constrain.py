@@ -136,6 +136,22 @@ def test_the_likeliest_allowed_id_replaces_one_that_is_not() -> None:
     assert (ids, end.reason, end.stop_id) == ([21, 11, 11, 11, 11, 11], "stop", EOS)
 
 
+def test_what_is_wrong_several_times_is_put_right_in_one_pass() -> None:
+    """Also where what is behind moves each time: the model leaves an id out twice."""
+    first, second = (10,) * 5, (11,) * 5
+    allowed = Trie(*((a, *first, b, *second) for a in (20, 22) for b in (21, 23)))
+
+    def choose(committed: list[int], canvas: Tensor) -> Tensor:
+        ids = canvas.tolist()[:12] if canvas[0] == 22 else [*first, *second]
+        logits = torch.zeros(24, V).scatter(1, torch.tensor([*ids, *[EOS] * (24 - len(ids))])[:, None], 30.0)
+        logits[:, 22] += 1.0
+        logits[:, 23] += 1.0
+        return logits
+
+    subject = scripted_engine(choose, canvas_length=24, vocab_size=V)
+    assert reply(subject, allowed)[:2] == ([22, *first, 23, *second], [2])
+
+
 @pytest.mark.parametrize("wanted", [EOS, 0])
 def test_a_model_that_wants_to_end_is_helped_to(wanted: int) -> None:
     """What closes is not what the model finds likeliest among what is allowed."""
