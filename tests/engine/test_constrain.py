@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from engine import EngineOptions, build_engine
 from engine.engine import DiffusionEngine
 from engine.interface import CanvasDone, ConstraintError, Finished, GenerationRequest, Sampling
 from tests.scripted_engine import Choose, babble, scripted_engine
@@ -46,7 +48,7 @@ class Trie:
         return tuple(ids)
 
     def allowed(self) -> bytes:
-        mask = bytearray(8)
+        mask = bytearray(32)
         for token_id in [*self._next(), *self.ends()]:
             mask[token_id // 8] |= 1 << token_id % 8
         if not any(mask):
@@ -54,7 +56,7 @@ class Trie:
         return bytes(mask)
 
     def closing(self) -> bytes:
-        mask = bytearray(8)
+        mask = bytearray(32)
         for token_id in self._next() & CLOSERS:
             mask[token_id // 8] |= 1 << token_id % 8
         return bytes(mask)
@@ -233,6 +235,18 @@ def test_a_constraint_that_cannot_go_on_ends_its_request_only() -> None:
     ids, _, end = reply(subject, Broken((20, 21), (21, 20)))
     assert (ids, end.reason, end.error) == ([], "error", "too complex")
     assert reply(subject, Trie((20, 21)))[0] == [20, 21]
+
+
+def test_a_real_model_with_random_weights_on_every_device(small_checkpoint: Path, device: torch.device) -> None:
+    """On a GPU its passes are CUDA graphs, and pins are set between their replays."""
+    subject = build_engine(EngineOptions(model=str(small_checkpoint), device=str(device), progress=False))
+    allowed = free(20, 21, length=9)
+    for seed in range(3):
+        ids, steps, end = reply(subject, free(20, 21, length=9), seed=seed)  # type: ignore[arg-type]
+        assert tuple(ids) in allowed.sequences
+        assert end.reason == "stop"
+        assert max(steps) <= 48
+    subject.close()
 
 
 def test_constrained_and_free_replies_share_passes() -> None:
