@@ -14,7 +14,7 @@ import torch
 from engine.checkpoint import CheckpointPlan
 from engine.config import ModelConfig
 from engine.interface import EngineError, EngineOptions
-from engine.memory_plan import FLAGS, GB, MIN_CONTEXT, Pools, plan_memory, plans, refusal
+from engine.memory_plan import FLAGS, GB, MIN_CONTEXT, Pools, default_chunk, plan_memory, plans, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST_SLOTS = 8
@@ -100,11 +100,8 @@ def choose_pools(
 
 
 def choose_chunk(asked: int | None, device: torch.device) -> int:
-    """Prompt tokens a pass commits. A GPU reads all weights for each chunk, so there it is longer; memory for sliding
-    layers grows with it."""
-    if asked is not None:
-        return asked
-    return 512 if device.type == "cpu" else 1024
+    """Prompt tokens a pass commits: as asked, or what suits the device."""
+    return default_chunk(device.type == "cuda") if asked is None else asked
 
 
 def chunk_beside(device: torch.device, canvas_length: int, commit_chunk: int) -> int:
