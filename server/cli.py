@@ -275,7 +275,7 @@ def check(settings: Settings) -> None:
                 line.append(f"\n        -> {finding.advice}", style="italic")
             console.print(line, soft_wrap=True)
 
-    show(findings(settings.server.host, settings.server.port))
+    show(findings(settings.server.host, settings.server.port, settings.engine.options(progress=False)))
     before = problems
     show(check_checkpoint(settings.engine.model))
     if problems == before:
