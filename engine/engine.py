@@ -29,6 +29,7 @@ from engine.config import GenerationDefaults
 from engine.constrain import Guide
 from engine.denoise import Denoiser, Model
 from engine.device_memory import MemoryGauge
+from engine.drafts import read_draft
 from engine.formats import choose
 from engine.interface import (
     CanvasRequest,
@@ -287,6 +288,8 @@ class DiffusionEngine:
         for slot, canvas in running:
             self._scheduler.passed(slot, redrawn=canvas.just_redrawn)
             self._follow(slot, canvas)
+            if slot.reply is not None and (draft := read_draft(self._denoiser, canvas, slot.reply.request)) is not None:
+                self._scheduler.sketch(draft)
         for slot, canvas in zip(ready, canvases, strict=True):
             if slot.reply is not None:  # its constraint did not fail
                 self._settle(slot, canvas)

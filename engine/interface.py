@@ -126,6 +126,7 @@ class GenerationRequest:
     schedule: Schedule = field(default_factory=Schedule)
     logprobs: int | None = None  # how many likeliest ids to report at each position, 0..MAX_LOGPROBS; None = nothing
     constraint: Constraint | None = None
+    drafts: bool = False  # report the canvas after every pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +195,21 @@ class CanvasDone:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CanvasDraft:
+    """A canvas after a pass, for a request that asked. Nothing in it is final; a canvas of C positions.
+
+    The pass that uses up a first attempt has none: its canvas is noise again.
+    """
+
+    request_id: str
+    index: int  # 0-based canvas number within the reply
+    step: int  # 1-based number of the pass, re-drawn ones included
+    token_ids: tuple[int, ...]  # [C] the likeliest id of every position, also behind the end of the reply
+    entropy: tuple[float, ...]  # [C] nats
+    accepted: tuple[int, ...]  # positions that keep what was drawn; the others are noise in the next pass
+
+
+@dataclass(frozen=True, kw_only=True)
 class CanvasRead:
     """What a CanvasRequest came to. Log-probabilities as in TokenLogprobs."""
 
@@ -215,7 +231,7 @@ class Finished:
     error: str | None = None  # what went wrong, when reason is "error"; "length" after a canvas that never converged
 
 
-Event = CanvasDone | CanvasRead | Finished
+Event = CanvasDone | CanvasDraft | CanvasRead | Finished
 
 
 @dataclass(frozen=True, kw_only=True)

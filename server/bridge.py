@@ -12,13 +12,14 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeVar
 
-from engine import Engine, EngineError, EngineInfo, EngineStats, Event, Finished, Request, Usage
+from engine import CanvasDraft, Engine, EngineError, EngineInfo, EngineStats, Event, Finished, Request, Usage
 from server.metrics import Metrics, Timeline
 
 logger = logging.getLogger(__name__)
@@ -38,17 +39,22 @@ class _Seat:
     request: Request
     loop: asyncio.AbstractEventLoop
     accepted: asyncio.Future[None]
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     timeline: Timeline = field(default_factory=Timeline)
-    finished: bool = False  # read and written on the loop only
+    # What follows is read and written on the loop only. Unread events; at most one is a draft, the latest.
+    events: deque[Event] = field(default_factory=deque)
+    came: asyncio.Event = field(default_factory=asyncio.Event)
+    finished: bool = False
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
 
     async def __anext__(self) -> Event:
-        if self.finished and self.events.empty():
-            raise StopAsyncIteration
-        return await self.events.get()
+        while not self.events:
+            if self.finished:
+                raise StopAsyncIteration
+            self.came.clear()
+            await self.came.wait()
+        return self.events.popleft()
 
     def deliver(self, event: Event) -> None:
         self._on_loop(self._receive, event)
@@ -58,7 +64,12 @@ class _Seat:
 
     def _receive(self, event: Event) -> None:
         self.finished = self.finished or isinstance(event, Finished)
-        self.events.put_nowait(event)
+        if isinstance(event, CanvasDraft):  # whoever reads slowly sees fewer of them
+            unread = next((place for place, each in enumerate(self.events) if isinstance(each, CanvasDraft)), None)
+            if unread is not None:
+                del self.events[unread]
+        self.events.append(event)
+        self.came.set()
 
     def _answer(self, error: Exception | None) -> None:
         if self.accepted.done():  # the caller gave up waiting

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessColl
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from engine import CanvasDone, EngineInfo, EngineStats, Event, Finished, FinishReason
+from engine import CanvasDone, CanvasDraft, EngineInfo, EngineStats, Event, Finished, FinishReason
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 WINDOW_SECONDS = 10.0  # what "tokens per second" is taken over
@@ -89,6 +89,8 @@ class Metrics:
 
     def happened(self, timeline: Timeline, event: Event) -> None:
         """A request came forward."""
+        if isinstance(event, CanvasDraft):
+            return
         now = time.monotonic()
         if isinstance(event, Finished):
             self._end(timeline, event, now)
