@@ -45,12 +45,15 @@ kernels: $(STAMP)-run
 
 # Other people's clients run beside the suite, which hardly takes longer for it; with ARGS the suite is alone. Without a
 # network on the first run they cannot be installed: that is said, and is no fault of what is tested.
+# The whole suite runs a file to a process, one thread each: two cores are then busy all the time.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 test: $(STAMP)-test
 	@$(if $(ARGS),,$(MAKE) -s --no-print-directory .venv-clients/.installed || echo "Their tests are left out.")
 	@if $(if $(ARGS),false,[ -e .venv-clients/.installed ]); then \
 	  $(CLIENTS) >.venv-clients/test.log 2>&1 & clients=$$!; \
 	fi; \
-	$(BIN)/python -m pytest $(ARGS); status=$$?; \
+	$(if $(ARGS),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),$(PARALLEL)); status=$$?; \
 	if [ -n "$$clients" ]; then \
 	  if wait $$clients; then echo "clients: $$(tail -n 1 .venv-clients/test.log)"; \
 	  else cat .venv-clients/test.log; status=1; fi; \
