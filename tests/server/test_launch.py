@@ -46,8 +46,8 @@ BODY = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_to
 class Process:
     """A running server."""
 
-    client: httpx.Client
-    stream: Any
+    client: httpx.Client | None = None
+    stream: Any = None
 
     def __init__(self, engine: str, *flags: str) -> None:
         program = textwrap.dedent(PROGRAM.format(root=str(ROOT), engine=engine))
@@ -84,6 +84,9 @@ def start() -> Iterator[Callable[..., Process]]:
 
     yield one
     for process in started:
+        if process.client is not None:
+            process.stream.__exit__(None, None, None)
+            process.client.close()
         process.running.kill()
         process.running.communicate()
 
@@ -147,12 +150,14 @@ def test_what_does_not_end_in_time_is_told(start: Callable[..., Process]) -> Non
 
 def test_a_second_interrupt_waits_for_nobody(start: Callable[..., Process]) -> None:
     process = start("FakeEngine([LONG])", "--drain", "600")
-    streaming(process)
+    lines = streaming(process)
     process.running.send_signal(signal.SIGINT)
     time.sleep(0.5)
     assert process.running.poll() is None
     process.running.send_signal(signal.SIGINT)
     process.end(20)
+    with pytest.raises(httpx.RemoteProtocolError):
+        list(lines)
 
 
 def test_the_screen_says_who_may_ask(start: Callable[..., Process]) -> None:
