@@ -27,6 +27,7 @@ from engine import (
     BenchOptions,
     EngineError,
     build_engine,
+    pull_checkpoint,
     quantize_checkpoint,
 )
 from server.address import AddressError
@@ -256,6 +257,12 @@ def check(settings: Settings) -> None:
         console.print(f"\n{memory_table(*plans_of(settings.engine.model))}\n", soft_wrap=True)
     console.print("No problems." if not problems else f"{problems} problem{'s' if problems > 1 else ''}.")
     raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def pull(model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, as owner/name.")]) -> None:
+    """Download a checkpoint, from where an earlier try broke off. The last line printed is its folder."""
+    print(pull_checkpoint(model))
 
 
 @app.command()

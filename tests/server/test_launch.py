@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
-from server import logs
+from server import cli, logs
+from server.config import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 # `easel serve` on a scripted engine, as `engine` says; the model of a real one takes seconds to load.
@@ -181,3 +184,41 @@ def test_a_line_carries_the_id_of_its_request(capsys: pytest.CaptureFixture[str]
     line = json.loads(capsys.readouterr().err)
     assert (line["message"], line["request_id"], line["status"], line["level"]) == ("hello you", "req_7", 200, "INFO")
     assert line["time"]
+
+
+def test_pull_downloads_what_is_served_and_says_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append((name, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    done = CliRunner().invoke(cli.app, ["pull", "owner/name"])
+    assert (done.exit_code, done.stdout.strip()) == (0, str(tmp_path))
+    ((name, patterns),) = asked
+    assert name == "owner/name"
+    assert {"*.safetensors", "*.json", "*.jinja"} <= set(patterns)
+
+
+def test_pull_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def download(name: str, allow_patterns: list[str]) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for model, said in (
+        ("owner/name", "No space left on device"),
+        ("nonsense", "give a checkpoint folder or a hub id"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["pull", model])
+        assert caught.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_the_systemd_unit_names_flags_that_exist() -> None:
+    unit = (ROOT / "configs" / "easel.service").read_text(encoding="utf-8")
+    (command,) = re.findall(r"^ExecStart=\S+ serve (.*)$", unit, re.M)
+    names = {name.replace("_", "-") for section in SECTIONS.values() for name in section.model_fields} | {"config"}
+    assert set(re.findall(r"--([a-z-]+)", command)) <= names
+    assert "RestartPreventExitStatus=2" in unit
