@@ -4,17 +4,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from engine.config import load_model_config, published_config
-from engine.formats import layout
+from engine.formats import choose, layout
 from engine.interface import (
     MAX_DENOISING_STEPS,
     MAX_LOGPROBS,
     PRESETS,
     CanvasDone,
+    CanvasDraft,
     CanvasRead,
     CanvasRequest,
     CheckpointError,
     Constraint,
     ConstraintError,
+    DeviceMemory,
     Engine,
     EngineError,
     EngineInfo,
@@ -41,7 +43,7 @@ from engine.measure.report import COLUMNS as FIGURE_COLUMNS
 from engine.measure.report import cells as figure_cells
 from engine.measure.report import computed_lines, profile_lines, shown
 from engine.measure.report import computed_steps as _computed_steps
-from engine.memory_plan import CARDS, MemoryPlan, Pools, plan_memory, plans, usable
+from engine.memory_plan import CARDS, GB, MemoryPlan, Pools, plan_memory, plans, usable
 from engine.quantization_config import load_quantization
 from engine.shapes import FORMAT_CHOICES, shape_of
 from engine.shapes import SHAPES as _SHAPES
@@ -102,6 +104,21 @@ def memory_plans(folder: str | None) -> tuple[MemoryPlan, ...]:
     return (plan_memory(config, own, name=own.format or "bf16"),)
 
 
+def planned_pools(options: EngineOptions, memory: int, *, gpu: bool) -> Pools | None:
+    """How `memory` bytes would be dealt out to the model in the folder `options.model`, weights included on a GPU; None
+    if it is not enough. Reads its configuration only. Raises EngineError."""
+    folder = Path(options.model)
+    config, quantization = load_model_config(folder), load_quantization(folder)
+    if quantization is None:
+        weights = layout(config, choice=choose(options.quantize, options.quantize_dense))
+    else:
+        weights = layout(config, quantization.scheme_of)
+    plan = plan_memory(config, weights, name="", itemsize=2 if gpu else 4, gpu=gpu, commit_chunk=options.commit_chunk)
+    kv_bytes = None if options.kv_memory is None else int(options.kv_memory * GB)
+    total = memory if gpu else memory + plan.weights + plan.working
+    return plan.pools(total, slots=options.slots, context=options.context_length, kv_bytes=kv_bytes)
+
+
 def stored_format(folder: str) -> str | None:
     """The schemes that a checkpoint's quantization_config names; None if it is not quantised.
 
@@ -121,12 +138,14 @@ __all__ = [
     "SHAPES",
     "BenchOptions",
     "CanvasDone",
+    "CanvasDraft",
     "CanvasRead",
     "CanvasRequest",
     "CheckpointError",
     "Constraint",
     "ConstraintError",
     "Detail",
+    "DeviceMemory",
     "Document",
     "Engine",
     "EngineError",
@@ -155,6 +174,7 @@ __all__ = [
     "computed_steps",
     "figure_cells",
     "memory_plans",
+    "planned_pools",
     "profile_lines",
     "quantize_checkpoint",
     "shown",

@@ -3,8 +3,10 @@
 After every pass the argmax of the canvas is walked from the left while the constraint allows its ids. If that reaches
 an id that ends the reply, or the end of the canvas, the canvas is as good as an unconstrained one and ends as soon as
 the model is as sure of it. Otherwise the walk stops at an id that is not allowed: there the likeliest allowed one is
-put, everything up to it is pinned, and the rest is denoised around it. Ids that the constraint leaves no choice about
-are pinned without waiting for a pass, also before the first.
+put, everything up to it is pinned, and the rest is denoised around it, moved to where the constraint can follow it: the
+model may have left something out, or written too much. As long as it is sure of the rest, the next such place is put
+right in the same pass. Ids that the constraint leaves no choice about are pinned without waiting for a pass, also
+before the first.
 
 A pin is never taken back, so one is not set in haste: up to the middle of the schedule the walk waits for a model that
 is still changing its mind about what comes before. From there on the pins follow a timetable that has every position
@@ -20,13 +22,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
 
 from engine.canvas import Canvas
 from engine.denoise import Denoiser
 from engine.interface import Constraint, ConstraintError
 
+T = TypeVar("T")
+
 _WINDOW = 8  # positions behind those pinned in which the text is looked for that belongs behind them
 _END_BONUS = 1000  # positions that reaching an end is worth
+_PROGRESS = 4  # positions that must be right between two that are repaired in the same pass
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """What the model has, rearranged: `rows` are the positions at which it was found."""
+
+    ids: list[int]
+    entropy: list[float]
+    rows: list[int]
+
+    def behind(self, start: int, source: int, length: int) -> _Draft:
+        """The same with what stands from `source` on standing from `start` on, cut to a canvas of `length`. What is
+        before is of no interest."""
+
+        def moved(values: list[T]) -> list[T]:
+            return [*[values[0]] * start, *values[source:]][:length]
+
+        return _Draft(moved(self.ids), moved(self.entropy), moved(self.rows))
 
 
 class Guide:
@@ -70,31 +95,51 @@ class Guide:
         self._constraint.rollback(walked)
         self._previous = list(best)
         due = self._due(canvas)
-        target = max(due, at + 1 if stuck else 0)
-        if target <= self._pinned:
-            return
-        ids, ended = self._with_forced(self._repaired(canvas, best, target))
-        if target > due and not ended:
-            self._realign(canvas, best, at, ids)
+        if stuck and at >= due:
+            self._repair(canvas, _Draft(best, entropy, list(range(len(best)))), at)
+        elif due > self._pinned:
+            self._pin(canvas, *self._with_forced(self._repaired(canvas, best, due)))
+
+    def _repair(self, canvas: Canvas, draft: _Draft, at: int) -> None:
+        """Pin everything up to position `at` and the likeliest allowed id there, and go on as long as the model is sure
+        of what follows: a text in which the same is wrong over and over need not wait for a pass each time."""
+        ids: list[int] = []
+        while True:
+            start = self._pinned + len(ids)
+            ids += draft.ids[start:at]
+            self._constraint.advance(draft.ids[start:at])
+            chosen = self._choice(canvas, draft.rows[at], wanted=draft.ids[at])
+            ids, ended = self._with_forced([*ids, chosen])
+            start = self._pinned + len(ids)
+            if ended or start >= self._canvas_length:
+                break
+            draft = draft.behind(start, self._resume(draft, at, start, ids[-1]), self._canvas_length)
+            walked = self._constraint.advance(draft.ids[start:])
+            at = start + walked
+            right = at >= len(draft.ids) or draft.ids[at] in self._constraint.ends()
+            self._constraint.rollback(walked)
+            if right or walked < _PROGRESS or max(draft.entropy[start:at]) > canvas.schedule.entropy_bound:
+                break
+        if draft.rows[start:] != list(range(start, len(draft.rows))) or len(draft.rows) < self._canvas_length:
+            self._denoiser.move(canvas, start, draft.rows[start:])
+            self._previous[start:] = draft.ids[start:]
         self._pin(canvas, ids, ended)
 
-    def _realign(self, canvas: Canvas, best: list[int], broken: int, ids: Sequence[int]) -> None:
-        """`ids` are about to be pinned, from position `broken` on against the model's will. What it has behind may
-        belong elsewhere then: where it is (the pins replace), behind the pins from `broken` on (they are inserted), or
-        from the place on that stands behind the id pinned last. Where the constraint can follow the longest it goes."""
-        start = self._pinned + len(ids)
-        near = range(broken, min(2 * start - broken + _WINDOW, len(best)))
-        behind_last = [place + 1 for place in near if best[place] == ids[-1]]
+    def _resume(self, draft: _Draft, broken: int, start: int, last: int) -> int:
+        """Ids are about to be pinned up to `start`, from position `broken` on against the model's will, `last` at the
+        end. What the model has behind may belong elsewhere then: where it is (the pins replace), behind the pins from
+        `broken` on (they are inserted), or from the place on that stands behind the id pinned last. Where it goes on
+        from is where the constraint can follow it the longest."""
+        near = range(broken, min(2 * start - broken + _WINDOW, len(draft.ids)))
+        behind_last = [place + 1 for place in near if draft.ids[place] == last]
         chosen, longest = start, -1
         for source in dict.fromkeys((start, broken, broken + 1, *behind_last[:2])):
-            walked = self._constraint.advance(best[source:])
-            complete = source + walked < len(best) and best[source + walked] in self._constraint.ends()
+            walked = self._constraint.advance(draft.ids[source:])
+            complete = source + walked < len(draft.ids) and draft.ids[source + walked] in self._constraint.ends()
             self._constraint.rollback(walked)
             if walked + _END_BONUS * complete > longest:
                 chosen, longest = source, walked + _END_BONUS * complete
-        if chosen != start and start < self._canvas_length:
-            self._denoiser.move(canvas, chosen, start)
-            self._previous[start:] = best[chosen : chosen + self._canvas_length - start]
+        return chosen
 
     def _sure(self, canvas: Canvas, best: list[int], entropy: list[float]) -> bool:
         """The model's own stop rule, for the part of a canvas that counts: what is behind an end does not."""
@@ -129,15 +174,18 @@ class Guide:
             if at == target:
                 break
             ends = self._constraint.ends()
-            chosen = best[at]
-            if chosen not in ends:
-                chosen = self._denoiser.best_allowed(canvas, at, self._choices(canvas, wanted=chosen))
-            ids.append(chosen)
-            if chosen in ends:
+            ids.append(best[at] if best[at] in ends else self._choice(canvas, at, wanted=best[at]))
+            if ids[-1] in ends:
                 break
-            if self._constraint.advance([chosen]) != 1:
-                raise ConstraintError(f"the constraint allows id {chosen} and refuses it")
         return ids
+
+    def _choice(self, canvas: Canvas, row: int, *, wanted: int) -> int:
+        """What stands in the place of an id that is not allowed, by the logits at position `row`. The constraint moves
+        on by it, unless it ends the reply."""
+        chosen = self._denoiser.best_allowed(canvas, row, self._choices(canvas, wanted=wanted))
+        if chosen not in self._constraint.ends() and self._constraint.advance([chosen]) != 1:
+            raise ConstraintError(f"the constraint allows id {chosen} and refuses it")
+        return chosen
 
     def _choices(self, canvas: Canvas, *, wanted: int) -> bytes:
         """What may stand in the place of an id that is not allowed. A model that wants to end is helped to: it would

@@ -193,12 +193,13 @@ class Denoiser:
         if self._soft is not None:
             self._soft[where] = self._model.embed(ids)
 
-    def move(self, canvas: Canvas, source: int, target: int) -> None:
-        """Let what stands from `source` on stand from `target` on instead; where nothing moves to is noise again."""
+    def move(self, canvas: Canvas, target: int, sources: Sequence[int]) -> None:
+        """Let what stands at `sources` stand from `target` on instead, to the end; behind them is noise again."""
         slot = canvas.slot
-        come_from = torch.arange(target, self._canvas_length, device=self._device) + (source - target)
-        known = come_from < self._canvas_length
-        come_from.clamp_(max=self._canvas_length - 1)
+        room = self._canvas_length - target
+        come_from = torch.tensor([*sources, *[-1] * room][:room], device=self._device)
+        known = come_from >= 0
+        come_from.clamp_(min=0)
         noise = self._noise_ids[slot, canvas.passes, target:]
         self._ids[slot, target:] = torch.where(known, self._ids[slot, come_from], noise)
         self._best[slot, target:] = torch.where(known, self._best[slot, come_from], -1)
@@ -225,6 +226,13 @@ class Denoiser:
     def found(self, canvas: Canvas) -> tuple[list[int], list[float]]:
         """The argmax and the entropy in nats of every position after the last pass; pins count as found, and sure."""
         return self._best[canvas.slot].tolist(), self._entropy[canvas.slot].tolist()
+
+    def accepted(self, canvas: Canvas) -> tuple[list[int], list[float], list[int]]:
+        """What `found` tells, and the positions that the last pass accepted: one read of the device."""
+        slot = canvas.slot
+        state = torch.stack([each[slot].double() for each in (self._best, self._entropy, self._kept)])
+        best, entropy, kept = state.tolist()
+        return [int(token_id) for token_id in best], entropy, [place for place, is_kept in enumerate(kept) if is_kept]
 
     def best_allowed(self, canvas: Canvas, position: int, allowed: bytes) -> int:
         """The likeliest id of the last pass at a position of a guided canvas, among those whose bit is set.

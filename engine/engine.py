@@ -16,7 +16,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -28,6 +28,8 @@ from engine.checkpoint import Checkpoint, plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
 from engine.constrain import Guide
 from engine.denoise import Denoiser, Model
+from engine.device_memory import MemoryGauge
+from engine.drafts import read_draft
 from engine.formats import choose
 from engine.interface import (
     CanvasRequest,
@@ -106,6 +108,7 @@ class DiffusionEngine:
             eos_ids=info.eos_ids,
         )
         self._seating = Seating(self._scheduler, caches, commit_chunk=commit_chunk, canvas_length=info.canvas_length)
+        self._memory = MemoryGauge(self._device)
         self._closed = False
 
     @classmethod
@@ -254,7 +257,7 @@ class DiffusionEngine:
     def stats(self) -> EngineStats:
         """A snapshot, taken between two steps."""
         self._require_open()
-        return self._seating.stats()
+        return replace(self._seating.stats(), memory=self._memory.read())
 
     def close(self) -> None:
         """Free the model's memory. Requests still running are dropped without an event. May be called again."""
@@ -285,6 +288,8 @@ class DiffusionEngine:
         for slot, canvas in running:
             self._scheduler.passed(slot, redrawn=canvas.just_redrawn)
             self._follow(slot, canvas)
+            if slot.reply is not None and (draft := read_draft(self._denoiser, canvas, slot.reply.request)) is not None:
+                self._scheduler.sketch(draft)
         for slot, canvas in zip(ready, canvases, strict=True):
             if slot.reply is not None:  # its constraint did not fail
                 self._settle(slot, canvas)

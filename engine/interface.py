@@ -126,6 +126,7 @@ class GenerationRequest:
     schedule: Schedule = field(default_factory=Schedule)
     logprobs: int | None = None  # how many likeliest ids to report at each position, 0..MAX_LOGPROBS; None = nothing
     constraint: Constraint | None = None
+    drafts: bool = False  # report the canvas after every pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +195,21 @@ class CanvasDone:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CanvasDraft:
+    """A canvas after a pass, for a request that asked. Nothing in it is final; a canvas of C positions.
+
+    The pass that uses up a first attempt has none: its canvas is noise again.
+    """
+
+    request_id: str
+    index: int  # 0-based canvas number within the reply
+    step: int  # 1-based number of the pass, re-drawn ones included
+    token_ids: tuple[int, ...]  # [C] the likeliest id of every position, also behind the end of the reply
+    entropy: tuple[float, ...]  # [C] nats
+    accepted: tuple[int, ...]  # positions that keep what was drawn; the others are noise in the next pass
+
+
+@dataclass(frozen=True, kw_only=True)
 class CanvasRead:
     """What a CanvasRequest came to. Log-probabilities as in TokenLogprobs."""
 
@@ -215,7 +231,7 @@ class Finished:
     error: str | None = None  # what went wrong, when reason is "error"; "length" after a canvas that never converged
 
 
-Event = CanvasDone | CanvasRead | Finished
+Event = CanvasDone | CanvasDraft | CanvasRead | Finished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,6 +267,14 @@ class PoolStats:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeviceMemory:
+    """Memory of the GPU in bytes, whoever uses it; at most a second old when it was taken."""
+
+    used: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class EngineStats:
     """What the engine is at, and counts since the start."""
 
@@ -262,6 +286,7 @@ class EngineStats:
     cached_tokens: int  # prompt tokens whose KV was reused
     committed_tokens: int  # prompts and replies
     preemptions: int  # requests that lost their slot for a while because memory was short
+    memory: DeviceMemory | None = None  # None without a GPU
 
 
 class Engine(Protocol):

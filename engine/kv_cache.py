@@ -91,12 +91,14 @@ class KVCache:
     def resume(self, ids: Sequence[int]) -> int:
         """Go on from the longest prefix of `ids` that any slot has committed; returns the new `length`.
 
-        What this slot has committed must be a prefix of `ids`. An empty slot can go on from any position (which takes
-        a page of either kind, if it lies within one), one that has begun from whole pages only.
+        What this slot has committed must be a prefix of `ids`. An empty slot can go on from any position (if that lies
+        within a page and there is one of either kind to copy it to), one that has begun from whole pages only.
         """
         if self._length % PAGE:
             return self._length
         found = self.prefixes.find(ids, self._path, whole=self._length > 0)
+        if found.tail is not None and not self._can_copy(found, found.tail):
+            found = self.prefixes.find(ids, self._path, whole=True)
         if found.wished > max(found.length, self._length):
             self._points.add(found.wished)
         if found.length > self._length:
@@ -158,6 +160,16 @@ class KVCache:
             self.pages["full"].replace(number, node.full)
         if sliding is not None and node.sliding is not None and node.sliding != sliding:
             self.pages["sliding"].replace(number, node.sliding)
+
+    def _can_copy(self, found: Found, tail: Node) -> bool:
+        """Whether a page of either kind is left once the slot holds what was found."""
+        first = self.prefixes.window(found.length).start
+        for kind, nodes in (("full", found.nodes), ("sliding", found.nodes[first:])):
+            pool = self.pages[kind].pool
+            idle = sum(not pool.holders(page) for node in (*nodes, tail) if (page := getattr(node, kind)) is not None)
+            if pool.available <= idle:
+                return False
+        return True
 
     def _take_over(self, found: Found) -> None:
         """Hold the pages of what was found, and a copy of the one in which it ends."""

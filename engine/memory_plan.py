@@ -137,6 +137,12 @@ class MemoryPlan:
         return min(self.max_context, pages * PAGE - self.canvas_length)
 
 
+def default_chunk(gpu: bool) -> int:
+    """Prompt tokens a pass commits. A GPU reads all weights for each chunk, so there it is longer; memory for sliding
+    layers grows with it."""
+    return 1024 if gpu else 512
+
+
 def plan_memory(
     config: ModelConfig,
     weights: Layout | int,
@@ -144,10 +150,11 @@ def plan_memory(
     name: str,
     itemsize: int = 2,
     gpu: bool = True,
-    commit_chunk: int = 512,
+    commit_chunk: int | None = None,
 ) -> MemoryPlan:
     """The plan of one model; `weights`: their layout or bytes; `itemsize` of the dtype it computes in, `commit_chunk`
     as in EngineOptions."""
+    chunk = default_chunk(gpu) if commit_chunk is None else commit_chunk
     page = dict.fromkeys(("sliding", "full"), 0)
     for layer in config.layers:
         page[layer.kind] += PAGE * 2 * layer.kv_heads * layer.head_dim * itemsize
@@ -160,7 +167,7 @@ def plan_memory(
         working_more=2 * logits * itemsize,
         full_page=page["full"],
         sliding_page=page["sliding"],
-        slot_pages=pages_of_a_slot(capacity=0, window=window, ahead=commit_chunk + canvas)["sliding"],
+        slot_pages=pages_of_a_slot(capacity=0, window=window, ahead=chunk + canvas)["sliding"],
         point_pages=pages_of_a_slot(capacity=0, window=window, ahead=0)["sliding"],
         canvas_length=canvas,
         max_context=config.max_positions,

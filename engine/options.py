@@ -14,7 +14,7 @@ import torch
 from engine.checkpoint import CheckpointPlan
 from engine.config import ModelConfig
 from engine.interface import EngineError, EngineOptions
-from engine.memory_plan import FLAGS, GB, MIN_CONTEXT, Pools, plan_memory, plans, refusal
+from engine.memory_plan import FLAGS, GB, MIN_CONTEXT, Pools, default_chunk, plan_memory, plans, refusal
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MOST_SLOTS = 8
@@ -100,17 +100,14 @@ def choose_pools(
 
 
 def choose_chunk(asked: int | None, device: torch.device) -> int:
-    """Prompt tokens a pass commits. A GPU reads all weights for each chunk, so there it is longer; memory for sliding
-    layers grows with it."""
-    if asked is not None:
-        return asked
-    return 512 if device.type == "cpu" else 1024
+    """Prompt tokens a pass commits: as asked, or what suits the device."""
+    return default_chunk(device.type == "cuda") if asked is None else asked
 
 
 def chunk_beside(device: torch.device, canvas_length: int, commit_chunk: int) -> int:
-    """Prompt tokens that a pass commits where other slots denoise: so many that the pass takes less than three times as
-    long. On a CPU time goes by rows; a GPU reads the weights anyway, and has room for a whole chunk."""
-    return min(commit_chunk, canvas_length) if device.type == "cpu" else commit_chunk
+    """Prompt tokens that a pass commits where other slots denoise: so many that it takes less than twice as long. On a
+    CPU time goes by rows; a GPU reads the weights anyway, which leaves room for more."""
+    return min(commit_chunk, canvas_length if device.type == "cpu" else 2 * canvas_length)
 
 
 def free_memory(device: torch.device) -> int:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from engine.interface import (
     CanvasDone,
+    CanvasDraft,
     CanvasRead,
     EngineError,
     Event,
@@ -318,6 +319,10 @@ class Scheduler:
         else:
             reply.ids.extend(token_ids)
             reply.between_canvases = True
+
+    def sketch(self, draft: CanvasDraft) -> None:
+        """How far a canvas is, for a request that asked."""
+        self._events.append(draft)
 
     def conclude(self, slot: Slot, read: CanvasRead) -> None:
         """The slot's request wanted one canvas read, and here it is."""

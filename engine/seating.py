@@ -108,6 +108,7 @@ class Seating:
         for slot, seat in zip(self._scheduler.slots, self.seats, strict=True):
             assert slot.reply is not None or slot.rest or not seat.cache.length, "an empty slot holds pages"
             assert slot.reply is None or slot.reply.committed == seat.cache.length, "a slot lost count"
+            assert slot.reply is None or list(seat.cache.ids) == slot.reply.ids[: seat.cache.length], "other ids"
 
     def _resume(self, slot: Slot, reply: Reply) -> None:
         cache = self.seats[slot.index].cache

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import errors, openapi
+from server import errors, metrics, openapi
 from server.chat import ChatService
 from server.dialects import anthropic, completions, decisions, editors, openai_chat, responses, tokens
 from server.dialects.response_store import ResponseStore
@@ -59,7 +59,7 @@ def create_app(service: ChatService, settings: AppSettings) -> FastAPI:
     app = FastAPI(title="easel", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_RequestId)
     _handle_errors(app)
-    _add_status_routes(app, service)
+    _add_status_routes(app, service, settings)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
@@ -152,7 +152,7 @@ def _add_reply_route(
         )
 
 
-def _add_status_routes(app: FastAPI, service: ChatService) -> None:
+def _add_status_routes(app: FastAPI, service: ChatService, settings: AppSettings) -> None:
     @app.get("/")
     async def root() -> Response:
         return JSONResponse({"easel": "POST /v1/chat/completions", "models": list(service.model_names)})
@@ -164,6 +164,17 @@ def _add_status_routes(app: FastAPI, service: ChatService) -> None:
     @app.get("/health")
     async def health() -> Response:
         return JSONResponse({"status": "ok"})
+
+    @app.get("/stats")
+    async def stats(request: Request) -> Response:
+        _authenticate(request, settings)
+        about = {"model": service.model_names[0], "ready": service.bridge.ready}
+        return JSONResponse(about | service.bridge.metrics.document())
+
+    @app.get("/metrics")
+    async def prometheus(request: Request) -> Response:
+        _authenticate(request, settings)
+        return Response(service.bridge.metrics.exposition(), media_type=metrics.CONTENT_TYPE)
 
     @app.get("/ready")
     async def ready() -> Response:

@@ -12,13 +12,15 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TypeVar
 
-from engine import Engine, EngineError, EngineInfo, EngineStats, Event, Finished, Request, Usage
+from engine import CanvasDraft, Engine, EngineError, EngineInfo, EngineStats, Event, Finished, Request, Usage
+from server.metrics import Metrics, Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +39,22 @@ class _Seat:
     request: Request
     loop: asyncio.AbstractEventLoop
     accepted: asyncio.Future[None]
-    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
-    finished: bool = False  # read and written on the loop only
+    timeline: Timeline = field(default_factory=Timeline)
+    # What follows is read and written on the loop only. Unread events; at most one is a draft, the latest.
+    events: deque[Event] = field(default_factory=deque)
+    came: asyncio.Event = field(default_factory=asyncio.Event)
+    finished: bool = False
 
     def __aiter__(self) -> AsyncIterator[Event]:
         return self
 
     async def __anext__(self) -> Event:
-        if self.finished and self.events.empty():
-            raise StopAsyncIteration
-        return await self.events.get()
+        while not self.events:
+            if self.finished:
+                raise StopAsyncIteration
+            self.came.clear()
+            await self.came.wait()
+        return self.events.popleft()
 
     def deliver(self, event: Event) -> None:
         self._on_loop(self._receive, event)
@@ -56,7 +64,12 @@ class _Seat:
 
     def _receive(self, event: Event) -> None:
         self.finished = self.finished or isinstance(event, Finished)
-        self.events.put_nowait(event)
+        if isinstance(event, CanvasDraft):  # whoever reads slowly sees fewer of them
+            unread = next((place for place, each in enumerate(self.events) if isinstance(each, CanvasDraft)), None)
+            if unread is not None:
+                del self.events[unread]
+        self.events.append(event)
+        self.came.set()
 
     def _answer(self, error: Exception | None) -> None:
         if self.accepted.done():  # the caller gave up waiting
@@ -94,6 +107,7 @@ class Bridge:
         self._engine = engine
         self._info = engine.info
         self._stats = engine.stats()
+        self.metrics = Metrics(self._info, lambda: self._stats)
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
         self._seats: dict[str, _Seat] = {}  # touched by the engine thread only
         self._thread: threading.Thread | None = None
@@ -162,6 +176,7 @@ class Bridge:
             yield seat
         finally:
             if not seat.finished:
+                self.metrics.cancelled()
                 self.cancel(request.id)
 
     def cancel(self, request_id: str) -> None:
@@ -201,9 +216,15 @@ class Bridge:
             for request_id in self._seats:
                 self._engine.cancel(request_id)
         if self._engine.has_work:
-            for event in self._engine.step():
-                self._deliver(event)
+            began = time.monotonic()
+            events = self._engine.step()
             self._stats = self._engine.stats()
+            for request_id in self._stats.running:
+                self._seat_given(request_id, began)
+            for event in events:
+                if not (isinstance(event, Finished) and event.reason == "cancelled"):  # perhaps still in line
+                    self._seat_given(event.request_id, began)
+                self._deliver(event)
         elif self._seats:
             raise RuntimeError(f"the engine is idle but never finished {', '.join(sorted(self._seats))}")
         return not (self._closing and not self._seats and self._inbox.empty())
@@ -237,12 +258,21 @@ class Bridge:
             return
         if isinstance(event, Finished):
             del self._seats[event.request_id]
+        self.metrics.happened(seat.timeline, event)
         seat.deliver(event)
+
+    def _seat_given(self, request_id: str, began: float) -> None:
+        """A request that a step left in a slot, or heard of, got it when the step began at the latest."""
+        seat = self._seats.get(request_id)
+        if seat is not None and seat.timeline.seated is None:
+            self.metrics.seated(seat.timeline, began)
 
     def _finish_all(self, error: str) -> None:
         for seat in self._seats.values():
             usage = Usage(prompt_tokens=len(seat.request.prompt_ids))
-            seat.deliver(Finished(request_id=seat.request.id, reason="error", usage=usage, error=error))
+            finished = Finished(request_id=seat.request.id, reason="error", usage=usage, error=error)
+            self.metrics.happened(seat.timeline, finished)
+            seat.deliver(finished)
         self._seats.clear()
         while not self._inbox.empty():
             message = self._inbox.get()

@@ -13,17 +13,28 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field, replace
 
-from engine import CanvasDone, Constraint, Event, Finished, GenerationRequest, QueueFull, RequestTooLong, Sampling
+from engine import (
+    CanvasDone,
+    CanvasDraft,
+    Constraint,
+    Event,
+    Finished,
+    GenerationRequest,
+    QueueFull,
+    RequestTooLong,
+    Sampling,
+)
 from server import errors, tool_schema
 from server.bridge import Bridge, EngineUnavailable
 from server.call_memory import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, CallMemory, CallSpans
+from server.drafts import Drafts
 from server.errors import ApiError
-from server.exchange import ChatTask, ChoiceDone, Delta, FinishReason, ReplyDone, StreamItem, ToolCall
+from server.exchange import ChatTask, ChoiceDone, Delta, Draft, FinishReason, ReplyDone, StreamItem, ToolCall
 from server.grammar import held, needs_grammar
 from server.likelihoods import Likelihoods
 from server.output_parser import OutputParser, Parsed, StopStrings
 from server.prompt import Marker, Prompt, PromptRenderer, PromptTooLong
-from server.replies import Folded, fold
+from server.replies import Folded, fold, without_drafts
 from server.structure import Structures
 from server.tool_calls import new_call_id
 
@@ -43,6 +54,7 @@ class ChatService:
         self._structures = Structures(prompts, vocab_size=info.vocab_size, eos_ids=info.eos_ids)
         self.model_names = tuple(dict.fromkeys(model_names))
         self._calls = CallMemory()
+        self._drafts = Drafts(prompts)
         self.loaded_at = int(time.time())
 
     async def open(self, task: ChatTask) -> ChatReply:
@@ -82,6 +94,7 @@ class ChatService:
             ]
             return ChatReply(
                 self.bridge,
+                self._drafts,
                 running,
                 stack.pop_all(),
                 model=task.model or self.model_names[0],
@@ -121,6 +134,7 @@ class ChatService:
                 sampling=sampling(task, (seed + index) % 2**64),
                 schedule=task.schedule,
                 logprobs=task.logprobs,
+                drafts=task.drafts,
             )
             for index in range(task.choices)
         ]
@@ -295,6 +309,7 @@ class ChatReply:
     """A reply on its way. Stream it or fold it, once; then close it."""
 
     _bridge: Bridge
+    _drafts: Drafts
     _running: list[_Running]
     _stack: AsyncExitStack
     model: str = field(kw_only=True)
@@ -318,8 +333,12 @@ class ChatReply:
         """Cancel whatever still runs. May be called at any time, also twice."""
         await self._stack.aclose()
 
-    async def stream(self) -> AsyncGenerator[StreamItem, None]:
+    def stream(self) -> AsyncGenerator[StreamItem, None]:
         """The reply as it comes. Raises ApiError when the engine gives up."""
+        return without_drafts(self.watched())
+
+    async def watched(self) -> AsyncGenerator[StreamItem | Draft, None]:
+        """The same, with the drafts between if the task asked for them."""
         first_text: float | None = None
         for running in self._running:
             if running.choice.echo:
@@ -327,6 +346,8 @@ class ChatReply:
         async with aclosing(self._merged()) as events:
             async for running, event in events:
                 choice, delta = running.choice, None
+                if isinstance(event, CanvasDraft) and not choice.satisfied:
+                    yield self._drafts.draft(choice.index, event)
                 if isinstance(event, CanvasDone):
                     delta = choice.canvas(event)
                     if choice.satisfied:
@@ -335,7 +356,9 @@ class ChatReply:
                     running.finished = event
                     delta = choice.end(complete=event.reason == "stop")
                 if delta is not None:
-                    first_text = first_text or time.monotonic()
+                    if first_text is None:
+                        first_text = time.monotonic()
+                        self._bridge.metrics.first_text(first_text - self.began)
                     yield delta
                 if isinstance(event, Finished):
                     reason = choice.finish_reason(event)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from engine import CARDS, MemoryPlan, Pools, memory_plans, usable
+from engine import CARDS, EngineError, EngineOptions, MemoryPlan, Pools, memory_plans, planned_pools, usable
 from server.address import AddressError, bind
 
 GB = 1e9
@@ -64,8 +64,8 @@ class Torch:
     gpus: tuple[Gpu, ...]
 
 
-def findings(host: str, port: int) -> Iterator[Finding]:
-    """Everything about this machine, slowest last."""
+def findings(host: str, port: int, options: EngineOptions) -> Iterator[Finding]:
+    """Everything about this machine, and what it has for the model of `options`; slowest last."""
     yield Finding("good", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
     memory = machine_memory()
     yield Finding("good", f"CPU: {cpu_name()}, {os.cpu_count()} threads, {memory / GB:.1f} GB of memory")
@@ -79,6 +79,7 @@ def findings(host: str, port: int) -> Iterator[Finding]:
         return
     yield from check_torch(torch, driver())
     yield from check_fit(torch.gpus)
+    yield from check_pools(torch.gpus, options)
 
 
 def check_port(host: str, port: int) -> Finding:
@@ -202,11 +203,28 @@ def check_fit(gpus: Sequence[Gpu]) -> Iterator[Finding]:
         yield Finding("problem", what, "Stop what else uses the GPU (nvidia-smi lists it).")
 
 
+def check_pools(gpus: Sequence[Gpu], options: EngineOptions) -> Iterator[Finding]:
+    """Slots, context and pages that the model of `options` would get here, if it is a folder that can be read."""
+    on_gpu = bool(gpus) and options.device != "cpu"
+    memory = max(gpu.free for gpu in gpus) if on_gpu else machine_memory() // 4
+    if not Path(options.model).is_dir():
+        return
+    try:
+        pools = planned_pools(options, memory, gpu=on_gpu)
+    except EngineError:  # whatever is wrong with the checkpoint is another finding
+        return
+    if pools is None:
+        what = "The model does not fit here with these slots, this context and this memory for keys and values"
+        yield Finding("problem", what, "Ask for less of one of them, or leave them out.")
+    else:
+        yield Finding("good", f"The model would be served here {pools_in_words(pools)}")
+
+
 def pools_in_words(pools: Pools) -> str:
     """What a memory plan leaves to requests."""
     served = f"{pools.slots} requests at a time" if pools.slots > 1 else "one request at a time"
     return (
-        f"with a context of up to {pools.context} and {served}; {pools.bytes / GB:.1f} GB of KV cache "
+        f"with a context of up to {pools.context} and {served}; {pools.bytes / GB:.2f} GB of KV cache "
         f"({pools.full} pages of full layers, {pools.sliding} of sliding layers)"
     )
 

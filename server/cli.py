@@ -118,6 +118,7 @@ def chat(
         str | None, typer.Option("--url", help="Address of a running server; without it the model is loaded here.")
     ] = None,
     think: Annotated[bool, typer.Option("--think", help="Let the model think before it answers.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Show each canvas while it is denoised.")] = False,
 ) -> None:
     """Talk to the model in the terminal."""
     from server.terminal_chat import ChatClient, TerminalChat
@@ -133,7 +134,7 @@ def chat(
             console = Console(highlight=False)
             if console.is_terminal and sys.stdin.isatty():
                 import readline  # noqa: F401  # gives input() a history and an editable line
-            TerminalChat(client, console, model=client.model(), thinking=think).run(input)
+            TerminalChat(client, console, model=client.model(), thinking=think, watch=watch).run(input)
 
 
 @app.command()
@@ -274,7 +275,7 @@ def check(settings: Settings) -> None:
                 line.append(f"\n        -> {finding.advice}", style="italic")
             console.print(line, soft_wrap=True)
 
-    show(findings(settings.server.host, settings.server.port))
+    show(findings(settings.server.host, settings.server.port, settings.engine.options(progress=False)))
     before = problems
     show(check_checkpoint(settings.engine.model))
     if problems == before:

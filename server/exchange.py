@@ -3,7 +3,8 @@
 Knows no HTTP, no wire format, no tokenizer and no engine call (only the engine's word for how to denoise). A wire
 format is an adapter that builds a `ChatTask` and renders `Delta`s and `ReplyDone`; nothing else in the server has to
 change for a new one.
-Invariant: a stream is any number of `Delta`s, then one `ChoiceDone` per choice, then one `ReplyDone`.
+Invariant: a stream is any number of `Delta`s, then one `ChoiceDone` per choice, then one `ReplyDone`. Only who
+watches a reply sees `Draft`s between them.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class ChatTask:
     parallel_tool_calls: bool = True
     structure: Structure | None = None
     must_call: bool = False  # the reply is one or more calls
+    drafts: bool = False  # show the canvases while they are denoised
     callable: tuple[str, ...] | None = None  # names of the tools that may be called; None: all of them
 
     @property
@@ -109,6 +111,18 @@ class Delta:
     content: str = ""
     tool_calls: tuple[ToolCall, ...] = ()
     logprobs: tuple[ContentToken, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A canvas after a denoise step, for a task that asked. It is not part of the reply, and some may be missing."""
+
+    choice: int
+    canvas: int  # 0-based
+    step: int  # 1-based, within the canvas
+    tokens: tuple[str | None, ...]  # the likeliest at each position; None: a control token, which spells nothing
+    entropy: tuple[float, ...]  # nats
+    accepted: tuple[int, ...]  # positions
 
 
 @dataclass(frozen=True, kw_only=True)

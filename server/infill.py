@@ -163,6 +163,10 @@ class InfillReply:
         self._stream = self._filled()
         return self._stream
 
+    def watched(self) -> AsyncGenerator[StreamItem, None]:
+        """The same: there is no draft of a gap."""
+        return self.stream()
+
     async def fold(self) -> Folded:
         """The whole reply at once."""
         async with aclosing(self.stream()) as items:

@@ -1,7 +1,8 @@
 """JSON schemas as llguidance reads them: what it would read otherwise than JSON Schema means is put right or refused.
 
-Separators are `,` and `:` with one space or none behind them and there is no other white space, so an untrained model
-cannot write white space for ever and most of an object is no choice at all. Properties come in the schema's order.
+Separators are `,` and `:` with one space or none behind them, or a new line with an indentation behind `,`. There is
+no other white space, so an untrained model cannot write white space for ever and most of an object is no choice at all.
+Properties come in the schema's order.
 `format` is enforced where llguidance knows it and a note otherwise, as in JSON Schema.
 Invariant: a JSON text that follows the grammar is valid against the schema, or the schema is refused.
 """
@@ -27,7 +28,7 @@ FORMATS = frozenset(
 )  # fmt: skip
 # Keywords with values of the wrong type fail in many ways; all of them mean "this is no schema".
 UNREADABLE = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError)
-_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+_OPTIONS: Any = {"whitespace_flexible": False, "item_separator": r",( |\n {0,24})?", "key_separator": ": ?"}
 _ONE = ("items", "additionalProperties", "additionalItems", "contains", "not", "if", "then", "else", "propertyNames")
 _LIST = ("allOf", "anyOf", "oneOf", "prefixItems", "items")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")

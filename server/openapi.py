@@ -41,6 +41,7 @@ _GETS = {
     "/v1/responses/{response_id}": "A response that is still kept",
     "/health": "Whether the server is alive",
     "/ready": "Whether the model is loaded",
+    "/stats": "What the server is at, and its counts",
 }
 _FAULTS = {
     "400": "The request is at fault; `param` names the field",

@@ -6,10 +6,11 @@ Knows the internal stream, no engine and no wire format. Invariant: the fold of 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Protocol
 
-from server.exchange import ChoiceDone, ContentToken, Delta, FinishReason, ReplyDone, StreamItem, ToolCall
+from server.exchange import ChoiceDone, ContentToken, Delta, Draft, FinishReason, ReplyDone, StreamItem, ToolCall
 
 
 @dataclass(frozen=True)
@@ -62,11 +63,22 @@ class Reply(Protocol):
     def stream(self) -> AsyncGenerator[StreamItem, None]:
         """The reply as it comes. Raises ApiError when the engine gives up."""
 
+    def watched(self) -> AsyncGenerator[StreamItem | Draft, None]:
+        """The stream, with the drafts between if the task asked for them."""
+
     async def fold(self) -> Folded:
         """The whole reply at once: the sum of its stream."""
 
     async def close(self) -> None:
         """Cancel whatever still runs. May be called at any time, also twice."""
+
+
+async def without_drafts(items: AsyncGenerator[StreamItem | Draft, None]) -> AsyncGenerator[StreamItem, None]:
+    """What of a watched stream belongs to the reply."""
+    async with aclosing(items):
+        async for item in items:
+            if not isinstance(item, Draft):
+                yield item
 
 
 async def fold(items: AsyncIterator[StreamItem], choices: int) -> Folded:

@@ -8,7 +8,7 @@ and extras that cannot change the reply (accepted, dropped) and fields that woul
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -105,6 +105,9 @@ _Nats = Annotated[float, Field(ge=0, le=1000, strict=True, allow_inf_nan=False)]
 _Passes = Annotated[int, Field(strict=True, le=MAX_DENOISING_STEPS)]
 
 
+_OF_A_SCHEDULE = [each.name for each in fields(Schedule)]
+
+
 class EaselOptions(BaseModel):
     """`easel` in a request: how its canvases are denoised. Single values go over what the preset says."""
 
@@ -118,7 +121,7 @@ class EaselOptions(BaseModel):
 
     def schedule(self) -> Schedule:
         """The options as the engine wants them."""
-        own = {name: value for name, value in self if name != "preset" and value is not None}
+        own = {name: getattr(self, name) for name in _OF_A_SCHEDULE if getattr(self, name) is not None}
         return replace(PRESETS[self.preset or "balanced"], **own)
 
 

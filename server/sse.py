@@ -27,11 +27,20 @@ _LINE_BREAKS = {code: f"\\u{code:04x}" for code in (0x85, 0x2028, 0x2029)}
 DONE = "[DONE]"
 
 
+def _unnamed(_: dict[str, Any]) -> str | None:
+    return None
+
+
+def typed(chunk: dict[str, Any]) -> str | None:
+    """The chunk's "type" is its name."""
+    return str(chunk["type"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Framing:
     """How the chunks of one wire format become events."""
 
-    named: bool = False  # an `event:` line that repeats the chunk's "type"
+    name: Callable[[dict[str, Any]], str | None] = _unnamed  # of a chunk: what its `event:` line says, if it has one
     done: bool = True  # `[DONE]` at the end
     error: Callable[[ApiError], dict[str, Any]] = ApiError.body  # the chunk that tells of an error
 
@@ -83,5 +92,4 @@ async def _events(
 
 def _event(payload: dict[str, Any], framing: Framing) -> ServerSentEvent:
     text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
-    name = payload["type"] if framing.named else None
-    return ServerSentEvent(text.translate(_LINE_BREAKS), event=name, sep=_LINE_END)
+    return ServerSentEvent(text.translate(_LINE_BREAKS), event=framing.name(payload), sep=_LINE_END)

@@ -26,6 +26,7 @@ COMMANDS = {
     "/quit": "leave (as ctrl-D does)",
 }
 PROMPT = "> "
+MOST_LINES = 20  # of a canvas that is watched
 THOUGHT_STYLE = "dim italic"
 _CONTROL = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])  # a reply must not steer the terminal
 
@@ -40,6 +41,15 @@ class Piece:
 
     kind: Literal["thought", "answer"]
     text: str
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A canvas after a denoise step. `tokens`: None for a control token; `accepted`: positions."""
+
+    tokens: list[str | None]
+    entropy: list[float]
+    accepted: list[int]
 
 
 @dataclass(frozen=True)
@@ -75,16 +85,19 @@ class ChatClient:
             raise ChatError(f"{self.url} answers, but not as an OpenAI-compatible server") from None
 
     def reply(
-        self, model: str, messages: list[dict[str, str]], *, thinking: bool
-    ) -> Generator[Piece | Closing, None, None]:
-        """Stream one reply. Closing the iterator early ends the connection, which stops the work. Raises ChatError."""
-        body = {
+        self, model: str, messages: list[dict[str, str]], *, thinking: bool, watch: bool = False
+    ) -> Generator[Piece | Draft | Closing, None, None]:
+        """Stream one reply; `watch`: with its canvases after every step. Closing the iterator early ends the
+        connection, which stops the work. Raises ChatError."""
+        body: dict[str, Any] = {
             "model": model,
             "messages": messages,
             "stream": True,
             "stream_options": {"include_usage": True},
             "chat_template_kwargs": {"enable_thinking": thinking},
         }
+        if watch:
+            body["easel"] = {"drafts": True}
         reason = ""
         facts: dict[str, Any] = {}
         try:
@@ -93,6 +106,9 @@ class ChatClient:
                     raise ChatError(_refusal(response.status_code, response.read()))
                 for chunk in _events(response.iter_lines()):
                     facts = chunk.get("easel") or facts
+                    if chunk.get("object") == "easel.draft":
+                        draft = chunk["draft"]
+                        yield Draft(draft["tokens"], draft["entropy"], draft["accepted"])
                     for choice in chunk.get("choices", []):
                         delta = choice.get("delta", {})
                         if delta.get("reasoning_content"):
@@ -140,6 +156,11 @@ class ReplyView:
             self._console.print(self._styled(line), soft_wrap=True)
         self._refresh()
 
+    def watch(self, draft: Draft) -> None:
+        """Show the canvas in place of the mark, until it is final."""
+        if self._live:
+            self._live.update(self._styled(self._line) + _drawn(draft, self._console.width), refresh=True)
+
     def _styled(self, text: str) -> Text:
         return Text(text.translate(_CONTROL), style=THOUGHT_STYLE if self._kind == "thought" else "")
 
@@ -151,11 +172,14 @@ class ReplyView:
 class TerminalChat:
     """The conversation: reads a line, answers it, until the end of the input."""
 
-    def __init__(self, client: ChatClient, console: Console, *, model: str, thinking: bool = False) -> None:
+    def __init__(
+        self, client: ChatClient, console: Console, *, model: str, thinking: bool = False, watch: bool = False
+    ) -> None:
         self._client = client
         self._console = console
         self._model = model
         self._thinking = thinking
+        self._watch = watch
         self._system = ""
         self._history: list[dict[str, str]] = []
 
@@ -202,12 +226,15 @@ class TerminalChat:
         asked = {"role": "user", "content": question}
         answer = ""
         closing: Closing | None = None
-        stream = self._client.reply(self._model, [*system, *self._history, asked], thinking=self._thinking)
+        messages = [*system, *self._history, asked]
+        stream = self._client.reply(self._model, messages, thinking=self._thinking, watch=self._watch)
         try:
             with ReplyView(self._console) as view:
                 for item in stream:
                     if isinstance(item, Closing):
                         closing = item
+                    elif isinstance(item, Draft):
+                        view.watch(item)
                     else:
                         view.add(item)
                         answer += item.text if item.kind == "answer" else ""
@@ -225,6 +252,20 @@ class TerminalChat:
 
     def _note(self, text: str) -> None:
         self._console.print(Text(text, style="dim"))
+
+
+def _drawn(draft: Draft, width: int) -> Text:
+    """A canvas: what is accepted as text, the rest as noise, the denser the less sure. Nothing behind the end."""
+    last = max((place for place, token in enumerate(draft.tokens) if token is not None), default=-1)
+    accepted, drawn = set(draft.accepted), Text("\n")
+    for place, (token, entropy) in enumerate(zip(draft.tokens[: last + 1], draft.entropy, strict=False)):
+        if place in accepted:
+            drawn.append((token or "").translate(_CONTROL), style="green" if entropy < 0.1 else "yellow")
+        else:
+            shade = "░▒▓"[min(int(entropy), 2)] if token is not None else "·"
+            drawn.append(shade * max(1, len((token or "").strip())), style="dim")
+    lines = drawn.wrap(Console(width=width), max(width - 1, 1))
+    return Text("\n").join(lines[:MOST_LINES])
 
 
 def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:

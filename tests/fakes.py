@@ -18,6 +18,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from engine import (
     CanvasDone,
+    CanvasDraft,
     CanvasRead,
     CanvasRequest,
     EngineInfo,
@@ -170,6 +171,25 @@ def _logprobs(ids: Sequence[int], top: int | None) -> tuple[TokenLogprobs, ...]:
     return tuple(TokenLogprobs(-0.75, tuple([(token_id, -0.75), *others][:top])) for token_id in ids)
 
 
+def _drafts(running: _Running) -> list[Event]:
+    """The canvas after a step, if anybody watches: noise, and from the left ever more of what is said."""
+    if not running.request.drafts:
+        return []
+    ids = [*running.script.canvases[running.canvas], 106][:64]
+    ids += [0] * (64 - len(ids))
+    known = 64 * running.step // running.script.steps
+    return [
+        CanvasDraft(
+            request_id=running.request.id,
+            index=running.canvas,
+            step=running.step,
+            token_ids=(*ids[:known], *(110 + (7 * place + running.step) % 90 for place in range(known, 64))),
+            entropy=tuple(0.0 if place < known else 1 + place % 5 for place in range(64)),
+            accepted=tuple(range(known)),
+        )
+    ]
+
+
 def first_allowed(request: CanvasRequest) -> CanvasRead:
     """A quarter less than half of the probability for the first id allowed, then ever smaller shares."""
     allowed = request.allowed or ((),) * request.free
@@ -284,12 +304,13 @@ class FakeEngine:
             return [self._finish(running, said.reason)]
         running.step += 1
         running.steps += 1
+        events: list[Event] = _drafts(running)
         if running.step < said.steps:
-            return []
+            return events
         left = running.request.max_tokens - running.tokens
         ids = tuple(said.canvases[running.canvas])[:left]
         running.tokens += len(ids)
-        events: list[Event] = [
+        events.append(
             CanvasDone(
                 request_id=running.request.id,
                 index=running.canvas,
@@ -297,7 +318,7 @@ class FakeEngine:
                 steps=running.step,
                 logprobs=_logprobs(ids, running.request.logprobs),
             )
-        ]
+        )
         running.canvas += 1
         running.step = 0
         if running.tokens >= running.request.max_tokens:

@@ -5,7 +5,7 @@ Knows the engine's parts; no weights. Invariant: logits are a function of the co
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -147,12 +147,16 @@ def scripted_engine(
     )
 
 
-def babble(vocab_size: int, scale: float = 3.0) -> Choose:
-    """A model that was never trained: its logits are random, and others for another prefix or canvas."""
+def babble(vocab_size: int, scale: float = 3.0, liking: Mapping[int, float] | None = None) -> Choose:
+    """A model that was never trained: its logits are random, and others for another prefix or canvas. `liking`: ids it
+    prefers all the same, and by how much."""
+    bias = torch.zeros(vocab_size)
+    for token_id, value in (liking or {}).items():
+        bias[token_id] = value
 
     def choose(committed: list[int], canvas: Tensor) -> Tensor:
         seed = sum((place + 1) * token_id for place, token_id in enumerate([*committed, *canvas.tolist()]))
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(len(canvas), vocab_size, generator=generator) * scale
+        return torch.randn(len(canvas), vocab_size, generator=generator) * scale + bias
 
     return choose

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from engine import memory_plans
+from engine import EngineOptions, memory_plans
 from server import check, cli
-from server.check import GB, Finding, Gpu, Torch, check_fit, check_port, check_torch, memory_table, runs_on
+from server.check import GB, Finding, Gpu, Torch, check_fit, check_pools, check_port, check_torch, memory_table, runs_on
 from server.checkpoint_check import check_checkpoint, plans_of
 from server.config import DEMO_CHECKPOINT
 
@@ -95,6 +95,17 @@ def test_which_formats_fit(gigabytes: float, fitting: set[str]) -> None:
     )
 
 
+def test_what_the_model_would_get_here() -> None:
+    def said(**options: float) -> str:
+        (found,) = check_pools([], EngineOptions(model=str(DEMO_CHECKPOINT), **options))
+        return f"{found.level}: {found.what}"
+
+    assert "good: The model would be served here with a context of up to 4096 and 4 requests at a time" in said()
+    assert "a context of up to 300 and one request at a time" in said(slots=1, context_length=300)
+    assert "problem: The model does not fit here" in said(kv_memory=0.001)
+    assert list(check_pools([], EngineOptions(model="some/hub-id"))) == []
+
+
 def test_slots_and_pages_of_a_large_card() -> None:
     (nvfp4,) = (f.what for f in check_fit([_gpu(141)]) if f.what.startswith("nvfp4: "))
     assert "context of up to 262144 and 4 requests at a time" in nvfp4
@@ -139,7 +150,7 @@ def test_every_problem_says_what_to_do() -> None:
 
 def test_a_broken_torch_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "_TORCH_PROBE", "raise ImportError('libcudart is missing')")
-    last = list(check.findings("127.0.0.1", 0))[-1]
+    last = list(check.findings("127.0.0.1", 0, EngineOptions(model="nowhere")))[-1]
     assert last.level == "problem"
     assert "libcudart is missing" in last.what
 

@@ -59,8 +59,8 @@ def tiling(form: str, bm: int, width: int, *, gated: bool) -> Tiling:
     whole cache line); 128 for quantised ones where that divides, which halves what a loop costs beside decoding, but
     not from 64 rows on, where decoding 128 columns at a time runs out of registers and there is arithmetic enough to
     wait behind. As many stages as the aim leaves room for, of 2 to 4: beyond that there are more bytes in flight than
-    the latency of DRAM needs. Four warps have too few registers for the sums of 128 rows, and for those of 64 beside
-    decoded weights.
+    the latency of DRAM needs. Four warps: that is one matrix instruction's, and `tiles.row_of` counts on it; plain
+    weights, where nothing counts on it, get eight for the sums of 128 rows.
     """
     bn = 64 if gated else 128
     bk = 128 if form != "plain" and bm <= 32 and width % 128 == 0 else 64
@@ -70,7 +70,8 @@ def tiling(form: str, bm: int, width: int, *, gated: bool) -> Tiling:
         + bm * bk * 2
         + (matrices * bn * bk // 8 if form in ("nvfp4", "int4") else 0)
     )
-    return Tiling(BM=bm, BN=bn, BK=bk, warps=8 if bm == 128 else 4, stages=max(2, min(4, SHARED_AIM // stage)))
+    warps = 8 if bm == 128 and form == "plain" else 4
+    return Tiling(BM=bm, BN=bn, BK=bk, warps=warps, stages=max(2, min(4, SHARED_AIM // stage)))
 
 
 def row_tile(rows: int, experts: int) -> int:

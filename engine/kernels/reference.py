@@ -192,10 +192,11 @@ def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Weight, down: W
     rows, active = chosen.shape
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
-    gathered = x.new_zeros(rows * active + FEWEST_ROWS, x.shape[1])
+    gathered = x.new_empty(rows * active + FEWEST_ROWS, x.shape[1])
+    gathered[rows * active :] = 0
     torch.index_select(x, 0, order // active, out=gathered[: rows * active])
     sizes = torch.bincount(flat, minlength=shape(gate_up)[0]).tolist()
-    hidden = x.new_zeros(gathered.shape[0], shape(gate_up)[1])
+    hidden = x.new_empty(gathered.shape[0], shape(gate_up)[1])
     # A span of few rows is made longer; what it computes for the next one's rows is overwritten by that one.
     spans = [(index, end - size, end - size + max(size, FEWEST_ROWS)) for index, size, end in _running(sizes) if size]
     for index, start, end in spans:

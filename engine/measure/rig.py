@@ -16,7 +16,7 @@ import torch
 from engine.canvas import Canvas
 from engine.checkpoint import Checkpoint
 from engine.engine import DiffusionEngine
-from engine.interface import EngineError, EngineInfo, EngineOptions, GenerationRequest, Sampling
+from engine.interface import EngineError, EngineInfo, EngineOptions, GenerationRequest, Sampling, Schedule
 from engine.options import choose_chunk, chunk_beside
 
 
@@ -113,7 +113,12 @@ class Rig:
         length = self.info.canvas_length
         self._engine.submit(
             GenerationRequest(
-                id=self._served[-1], prompt_ids=tuple(ids), max_tokens=length, sampling=Sampling(seed=self._opened)
+                id=self._served[-1],
+                prompt_ids=tuple(ids),
+                max_tokens=length,
+                sampling=Sampling(seed=self._opened),
+                # a random model with a tied head repeats its input, and is soon sure of it: it must not end
+                schedule=Schedule(confidence_threshold=0.0),
             )
         )
 

@@ -20,7 +20,7 @@ from server.errors import ApiError, unknown_model
 from server.exchange import ChatTask, ChoiceDone, Delta, FinishReason, ReplyDone, ToolCall
 from server.replies import Reply
 from server.schema import parse
-from server.sse import Framing
+from server.sse import Framing, typed
 
 Json = dict[str, Any]
 
@@ -49,7 +49,7 @@ class AskedMessage:
 
     task: ChatTask
     streamed: bool
-    framing: Framing = field(default_factory=lambda: Framing(named=True, done=False, error=error_body))
+    framing: Framing = field(default_factory=lambda: Framing(name=typed, done=False, error=error_body))
 
     async def body(self, reply: Reply) -> Json:
         """The non-streamed answer: the events added up, as a client does it."""

@@ -13,7 +13,17 @@ from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, mode
 from pydantic_core import PydanticCustomError
 
 from server.dialects.structure_schema import ResponseFormatFields, ToolChoice, read_tool_choice
-from server.schema import OPEN, UNSUPPORTED, SamplingFields, TokenLimit, TopLogprobs, parse, refuse, refuse_unbuilt
+from server.schema import (
+    OPEN,
+    UNSUPPORTED,
+    EaselOptions,
+    SamplingFields,
+    TokenLimit,
+    TopLogprobs,
+    parse,
+    refuse,
+    refuse_unbuilt,
+)
 
 
 class TextPart(BaseModel):
@@ -198,6 +208,12 @@ class Tool(BaseModel):
         return self
 
 
+class ChatEaselOptions(EaselOptions):
+    """`easel` in a chat: what is read here can also be watched."""
+
+    drafts: Annotated[bool, Field(strict=True)] | None = None
+
+
 class ChatRequest(SamplingFields, ResponseFormatFields):
     """The request body. Everything declared here is honoured; see the module docstring for the rest."""
 
@@ -210,6 +226,7 @@ class ChatRequest(SamplingFields, ResponseFormatFields):
     tools: list[Tool] | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
+    easel: ChatEaselOptions | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -222,6 +239,17 @@ class ChatRequest(SamplingFields, ResponseFormatFields):
         if self.top_logprobs and not self.logprobs:
             raise PydanticCustomError("invalid_value", "needs 'logprobs' to be true", {"field": "top_logprobs"})
         return self
+
+    @model_validator(mode="after")
+    def _check_drafts(self) -> ChatRequest:
+        if self.drafts and not self.stream:
+            raise PydanticCustomError("invalid_value", "'drafts' needs 'stream' to be true", {"field": "easel"})
+        return self
+
+    @property
+    def drafts(self) -> bool:
+        """Whether the canvases are to be shown while they are denoised."""
+        return self.easel is not None and bool(self.easel.drafts)
 
     @model_validator(mode="after")
     def _check_tool_choice(self) -> ChatRequest:

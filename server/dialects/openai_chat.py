@@ -22,11 +22,22 @@ from server.dialects.chat_schema import (
 )
 from server.dialects.history import History
 from server.errors import invalid
-from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta, FinishReason, Likelihood, ReplyDone, ToolCall
+from server.exchange import (
+    ChatTask,
+    ChoiceDone,
+    ContentToken,
+    Delta,
+    Draft,
+    FinishReason,
+    Likelihood,
+    ReplyDone,
+    ToolCall,
+)
 from server.replies import Folded, FoldedChoice, Reply
 from server.sse import Framing
 
 Json = dict[str, Any]
+DRAFT = "easel.draft"  # the kind and the event name of what only those see who ask
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class AskedChat:
     task: ChatTask
     streamed: bool
     include_usage: bool
-    framing: Framing = field(default_factory=Framing)
+    framing: Framing = field(default_factory=lambda: Framing(name=_event_name))
 
     async def body(self, reply: Reply) -> Json:
         """The non-streamed answer."""
@@ -68,6 +79,7 @@ def to_task(request: ChatRequest) -> ChatTask:
         parallel_tool_calls=request.parallel_tool_calls is not False,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
         structure=request.structure(),
+        drafts=request.drafts,
         **choice.for_task(),
         **request.sampling(),
     )
@@ -106,10 +118,12 @@ async def chunks(reply: Reply, *, include_usage: bool, named_tool: bool = False)
         yield chunk(index, {"role": "assistant", "content": ""})
     finished = 0
     last: Json = {}
-    async with aclosing(reply.stream()) as items:
+    async with aclosing(reply.watched()) as items:
         async for item in items:
             if isinstance(item, Delta):
                 yield chunk(item.choice, _delta(item), logprobs=_logprobs(item.logprobs) if item.logprobs else None)
+            elif isinstance(item, Draft):
+                yield {**head, "object": DRAFT, "choices": [], "draft": _draft(item)}
             elif isinstance(item, ChoiceDone):
                 finished += 1
                 last = chunk(item.choice, {}, _finish_reason(item.finish_reason, named_tool))
@@ -125,6 +139,22 @@ async def chunks(reply: Reply, *, include_usage: bool, named_tool: bool = False)
 def _finish_reason(reason: FinishReason, named_tool: bool) -> FinishReason:
     """OpenAI reports the call of a tool that the client itself named as a plain end."""
     return "stop" if named_tool and reason == "tool_calls" else reason
+
+
+def _event_name(chunk: Json) -> str | None:
+    """Ordinary chunks are events without a name."""
+    return DRAFT if chunk.get("object") == DRAFT else None
+
+
+def _draft(draft: Draft) -> Json:
+    return {
+        "choice": draft.choice,
+        "canvas": draft.canvas,
+        "step": draft.step,
+        "tokens": draft.tokens,
+        "entropy": [round(value, 3) for value in draft.entropy],
+        "accepted": draft.accepted,
+    }
 
 
 def model_card(name: str, *, created: int, context_length: int) -> Json:

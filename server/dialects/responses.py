@@ -21,7 +21,7 @@ from server.errors import ApiError, invalid
 from server.exchange import ChatTask, ChoiceDone, ContentToken, Delta, Likelihood, ReplyDone, ToolCall
 from server.replies import Reply
 from server.schema import parse
-from server.sse import Framing
+from server.sse import Framing, typed
 
 Json = dict[str, Any]
 
@@ -35,7 +35,7 @@ class AskedResponse:
     def __init__(self, request: ResponsesRequest, task: ChatTask, conversation: History, store: ResponseStore) -> None:
         self.task = task
         self.streamed = bool(request.stream)
-        self.framing = Framing(named=True, error=self._error_event)
+        self.framing = Framing(name=typed, error=self._error_event)
         self._request = request
         self._conversation = conversation
         self._store = store

@@ -63,7 +63,7 @@ def test_the_published_model_in_figures() -> None:
     }
     plan = by_format["nvfp4"]
     assert plan.full_page == 20_480 * 64  # bytes of KV a position in the full layers
-    assert plan.slot_pages * plan.sliding_page == 204_800 * (1023 + 512 + 256 + 1 + 64)  # in whole pages of 64
+    assert plan.slot_pages * plan.sliding_page == 204_800 * (1023 + 1024 + 256 + 1 + 64)  # in whole pages of 64
     assert plan.needed(16_384) - plan.weights < 3 * 2**30
 
 
@@ -137,7 +137,7 @@ def test_a_refusal_names_formats_context_and_card() -> None:
     others = plans(published_config())
     said = refusal(published("bf16"), others, context=None, free=usable(24), where="cuda:0")
     assert said is not None
-    assert "as bf16 it needs 53.1 GB (50.5 of weights" in said and "24.0 GB of memory are free on cuda:0" in said
+    assert "as bf16 it needs 53.2 GB (50.5 of weights" in said and "24.0 GB of memory are free on cuda:0" in said
     assert "--quantize nvfp4 (context up to" in said and "--quantize int4 --quantize-dense fp8" in said
     assert "--quantize fp8" not in said.replace("--quantize-dense fp8", "")
     assert "card of 96 GB" in said

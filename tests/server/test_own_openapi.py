@@ -57,7 +57,12 @@ def test_the_document_is_served_and_has_every_route(serve: Callable[..., Any]) -
     routes = {(method, route.path) for route in client.app.routes for method in route.methods if hasattr(route, "path")}
     described = {(method.upper(), path) for path, methods in served["paths"].items() for method in methods}
     own = {(method, path.replace(":path", "")) for method, path in routes if method in ("GET", "POST")}
-    assert own - described == {("GET", "/"), ("GET", "/openapi.json"), ("POST", "/fim/completions")}
+    assert own - described == {
+        ("GET", "/"),
+        ("GET", "/openapi.json"),
+        ("GET", "/metrics"),
+        ("POST", "/fim/completions"),
+    }
     assert described - own == set()
 
 

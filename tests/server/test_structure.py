@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jsonschema
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from engine import CanvasDone, Finished, GenerationRequest, Sampling
 from server.errors import ApiError
 from server.exchange import ChatTask, Structure
 from server.output_parser import OutputParser, Parsed
@@ -20,6 +22,7 @@ from server.prompt import OpensIn, PromptRenderer
 from server.structure import Structures
 from tests.fakes import Template, byte_tokenizer
 from tests.grammar_walk import walk
+from tests.scripted_engine import babble, scripted_engine
 
 PROMPTS = PromptRenderer(byte_tokenizer(), Template())
 STRUCTURES = Structures(PROMPTS, vocab_size=512, eos_ids={1, 106, 50})
@@ -141,6 +144,29 @@ def test_any_call_that_follows_the_grammar_is_read_back_and_valid(schema: Any, s
         parsed = read(task, ids)
         assert (parsed.content, len(parsed.calls), parsed.calls[0].name) == ("", 1, "f")
         jsonschema.validate(json.loads(parsed.calls[0].arguments), schema)
+
+
+@settings(FEW, max_examples=25)
+@given(_objects(SCHEMAS), st.integers(0, 10**6), st.sampled_from([0.0, 1.0, 2.0]))
+def test_an_untrained_model_says_nothing_else(schema: Any, seed: int, temperature: float) -> None:
+    """The same through the engine: canvas after canvas of random logits, which like to close what is open."""
+    engine = scripted_engine(
+        babble(512, liking=dict.fromkeys(CLOSERS, 9.0)), canvas_length=16, vocab_size=512, eos_ids=(1, 106), steps=5
+    )
+    for task in (json_task(schema), tool_task(schema, parallel_tool_calls=False)):
+        sampling = Sampling(seed=seed, temperature=temperature)
+        request = GenerationRequest(id="a", prompt_ids=(2,), max_tokens=96, sampling=sampling)
+        engine.submit(replace(request, constraint=STRUCTURES.constraint(task, "content")))
+        events = [event for _ in range(100) if engine.has_work for event in engine.step()]
+        end = events[-1]
+        assert isinstance(end, Finished)
+        ids = [token_id for event in events if isinstance(event, CanvasDone) for token_id in event.token_ids]
+        parsed = read(task, ids)
+        if end.reason == "stop":
+            text = parsed.calls[0].arguments if task.must_call else parsed.content
+            jsonschema.validate(json.loads(text), schema)
+        else:
+            assert (end.reason, end.error, len(ids)) == ("length", None, 96)
 
 
 TREE = {
