@@ -6,6 +6,7 @@
 #   make check                                    ruff, ruff format, mypy --strict, import contracts
 #   make bench [ARGS="--requests 5"]              speed of the bundled demo model on this machine
 #   make schemas FILE=schemas.jsonl [ARGS=...]    JSON schemas against the demo model and untrained ones: who keeps to them
+#   make web                                      build the page again from server/web (needs npm)
 #   make kernels [ARGS="--chip 89"]               what every GPU kernel needs on every chip; takes no GPU
 
 SHELL := /bin/bash
@@ -24,10 +25,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --pro
 FAILED := { grep -v '^WARNING' $(LOG) | tail -n 15 >&2; echo "The installation failed; all of it is in $(LOG)." >&2; exit 1; }
 
 .NOTPARALLEL:
-.PHONY: help serve test test-clients fuzz check bench schemas kernels clean
+.PHONY: help serve test test-clients fuzz check bench schemas web kernels clean
 
 help:
-	@sed -n '2,9s/^#   //p' Makefile
+	@sed -n '2,10s/^#   //p' Makefile
 
 serve: $(STAMP)-run
 	@exec $(BIN)/easel serve $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -40,17 +41,24 @@ schemas: $(STAMP)-test
 	@test -n "$(FILE)" || { echo 'Say which schemas: make schemas FILE=schemas.jsonl' >&2; exit 2; }
 	@PYTHONPATH=. $(BIN)/python tests/bench/schemas.py $(FILE) $(ARGS)
 
+web:
+	@command -v npm >/dev/null || { echo "make web needs npm (Debian, Ubuntu: apt install npm); easel itself does not." >&2; exit 2; }
+	@cd server/web && npm ci --no-audit --no-fund --loglevel=error && npm run --silent build
+
 kernels: $(STAMP)-run
 	@$(BIN)/python -m engine.kernels.ahead_of_time $(ARGS)
 
 # Other people's clients run beside the suite, which hardly takes longer for it; with ARGS the suite is alone. Without a
 # network on the first run they cannot be installed: that is said, and is no fault of what is tested.
+# The whole suite runs a file to a process, one thread each: two cores are then busy all the time.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 test: $(STAMP)-test
 	@$(if $(ARGS),,$(MAKE) -s --no-print-directory .venv-clients/.installed || echo "Their tests are left out.")
 	@if $(if $(ARGS),false,[ -e .venv-clients/.installed ]); then \
 	  $(CLIENTS) >.venv-clients/test.log 2>&1 & clients=$$!; \
 	fi; \
-	$(BIN)/python -m pytest $(ARGS); status=$$?; \
+	$(if $(ARGS),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),$(PARALLEL)); status=$$?; \
 	if [ -n "$$clients" ]; then \
 	  if wait $$clients; then echo "clients: $$(tail -n 1 .venv-clients/test.log)"; \
 	  else cat .venv-clients/test.log; status=1; fi; \
@@ -74,7 +82,7 @@ check: $(STAMP)-dev
 	$(BIN)/lint-imports
 
 clean:
-	rm -rf .venv .venv-clients tests/clients/node/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-clients tests/clients/node/node_modules server/web/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(STAMP)-run: $(INPUTS) | $(BIN)/python
 	@echo "Installing easel into .venv (the first time takes a few minutes) ..."

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server import errors, metrics, openapi
+from server import errors, metrics, openapi, page
 from server.chat import ChatService
 from server.dialects import anthropic, completions, decisions, editors, openai_chat, responses, tokens
 from server.dialects.response_store import ResponseStore
@@ -153,8 +153,12 @@ def _add_reply_route(
 
 
 def _add_status_routes(app: FastAPI, service: ChatService, settings: AppSettings) -> None:
+    page.add_assets(app)
+
     @app.get("/")
-    async def root() -> Response:
+    async def root(request: Request) -> Response:
+        if page.wants_page(request):
+            return page.page()
         return JSONResponse({"easel": "POST /v1/chat/completions", "models": list(service.model_names)})
 
     @app.get("/openapi.json")
@@ -167,6 +171,8 @@ def _add_status_routes(app: FastAPI, service: ChatService, settings: AppSettings
 
     @app.get("/stats")
     async def stats(request: Request) -> Response:
+        if page.wants_page(request):
+            return page.page()
         _authenticate(request, settings)
         about = {"model": service.model_names[0], "ready": service.bridge.ready}
         return JSONResponse(about | service.bridge.metrics.document())

@@ -29,8 +29,9 @@ MAX_GRAMMAR_CHARACTERS = 1_000_000
 KEPT = 64  # compiled grammars
 _STACK_BYTES = 512 * 2**20  # address space, not memory: only what is used is ever taken
 _MESSAGE_CHARACTERS = 300
-# llguidance's own, but for the rows: an object of 1,000 properties that may all be left out takes one of 4,000 items.
-_LIMITS = LLParserLimits(max_items_in_row=8_000, verbose_errors=False)
+# llguidance's own, but for rows (an object of 1,000 properties that may all be left out takes one of 4,000 items) and
+# states, of which each takes one or two kilobytes and a text does not see more than it has characters.
+_LIMITS = LLParserLimits(max_items_in_row=8_000, max_lexer_states=50_000, verbose_errors=False)
 
 
 class BadGrammar(Exception):

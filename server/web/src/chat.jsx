@@ -1,0 +1,111 @@
+// The chat: conversations at the side, messages, and where one writes.
+import { useEffect, useRef, useState } from "preact/hooks";
+import { forgetDrafts } from "./drafts.js";
+import { Message } from "./message.jsx";
+import { Settings } from "./settings.jsx";
+import { apiKey, begin, conversation, conversations, current, full, remove } from "./store.js";
+import { connect, fault, model, running, send } from "./talk.js";
+
+const IDEAS = ["What is 17 + 25?", "Write a story about Mia and a fox.", "Name three animals as a list."];
+
+function Sidebar({ open, close }) {
+  const forget = (each) => {
+    if (!confirm(`Delete “${each.title || "New conversation"}”?`)) return;
+    forgetDrafts(each.messages.map((message) => message.id));
+    remove(each.id);
+  };
+  return (
+    <nav class={open ? "open" : ""} aria-label="Conversations">
+      <button class="strong" disabled={running.value !== null} onClick={() => { begin(); close(); }}>New conversation</button>
+      <ul>
+        {conversations.value.map((each) => (
+          <li key={each.id} class={each.id === current.value ? "current" : ""}>
+            <button class="title" aria-current={each.id === current.value ? "page" : undefined} disabled={running.value !== null}
+              onClick={() => { current.value = each.id; close(); }}>{each.title || "New conversation"}</button>
+            <button class="quiet" aria-label={`Delete ${each.title || "New conversation"}`} disabled={running.value !== null} onClick={() => forget(each)}>×</button>
+          </li>
+        ))}
+      </ul>
+      <a href="/stats">Server statistics</a>
+    </nav>
+  );
+}
+
+function Banner() {
+  const [key, setKey] = useState("");
+  if (fault.value === "away") return <p class="banner" role="alert">The server does not answer. Waiting for it to come back …</p>;
+  if (full.value) return <p class="banner" role="alert">The browser has no room left: delete conversations you do not need.</p>;
+  if (fault.value !== "key") return null;
+  return (
+    <form class="banner" onSubmit={(event) => { event.preventDefault(); apiKey.value = key.trim(); connect(); }}>
+      <label>This server wants an API key <input type="password" autocomplete="off" value={key} onInput={(event) => setKey(event.target.value)} /></label>
+      <button>Use it</button>
+    </form>
+  );
+}
+
+function Composer() {
+  const [text, setText] = useState("");
+  const field = useRef();
+  const busy = running.value !== null;
+  const submit = (event) => {
+    event?.preventDefault();
+    if (busy || !text.trim()) return;
+    send(text);
+    setText("");
+    field.current.style.height = "auto";
+  };
+  const grow = (event) => {
+    setText(event.target.value);
+    field.current.style.height = "auto";
+    field.current.style.height = `${Math.min(field.current.scrollHeight, 240)}px`;
+  };
+  const key = (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
+  };
+  return (
+    <form class="composer" onSubmit={submit}>
+      <textarea ref={field} rows="1" aria-label="Message" placeholder="Write a message" value={text} onInput={grow} onKeyDown={key} />
+      {busy ? <button type="button" class="strong" onClick={() => running.value.stop()}>Stop</button> : <button class="strong" disabled={!text.trim()}>Send</button>}
+    </form>
+  );
+}
+
+export function Chat() {
+  const [menu, setMenu] = useState(false);
+  const [settings, setSettings] = useState(false);
+  const end = useRef();
+  const messages = conversation()?.messages ?? [];
+  const last = messages.at(-1);
+  useEffect(() => { connect(); }, []);
+  useEffect(() => {
+    document.title = conversation()?.title ? `${conversation().title} · easel` : "easel";
+  }, [conversation()?.title]);
+  useEffect(() => end.current.scrollIntoView({ block: "end" }), [messages.length, last?.content, running.value === null]);
+  return (
+    <div class="layout">
+      <Sidebar open={menu} close={() => setMenu(false)} />
+      <div class="main">
+        <header class="bar">
+          <button class="quiet menu" aria-expanded={menu} aria-label="Conversations" onClick={() => setMenu(!menu)}>☰</button>
+          <h1>easel</h1><span class="dim model">{model.value ?? ""}</span>
+          <button class="quiet" onClick={() => setSettings(true)}>Settings</button>
+        </header>
+        <Banner />
+        <main>
+          {!messages.length && (
+            <div class="welcome">
+              <p>Text out of noise: a whole canvas at once.</p>
+              <div class="ideas">{IDEAS.map((idea) => <button key={idea} onClick={() => send(idea)}>{idea}</button>)}</div>
+            </div>
+          )}
+          {messages.map((message) => <Message key={message.id} message={message} messages={messages} />)}
+          <p class="hidden" role="status">{running.value ? "The reply is coming" : last?.role === "assistant" ? "The reply is there" : ""}</p>
+          <div ref={end} class="end" />
+        </main>
+        <Composer />
+      </div>
+      {settings && <Settings close={() => setSettings(false)} />}
+    </div>
+  );
+}
