@@ -1,9 +1,10 @@
 """Infill: text that fits between a prompt and a suffix, which only a canvas that sees both sides can write.
 
 The suffix stands held on the canvas behind a gap. How long the gap is nobody knows, so several lengths are tried, a
-batch of canvases at a time, and the likeliest is kept: by the mean log-probability, at temperature 1, of the tokens in
-the gap and of the suffix behind it, as the model would have written them. Long gaps are tried only where no short one
-is convincing. Knows prompts, lengths and scores; no wire format.
+batch of canvases at a time, and the likeliest is kept. Once denoised every gap looks sure, so each is judged by two
+single passes more: what the model makes of the gap while it is noise, and of the beginning of the suffix while that is
+noise behind the filled gap. The score is the mean log-probability of the one plus that of the other, at temperature 1.
+Long gaps are tried only where no short one is convincing. Knows prompts, lengths and scores; no wire format.
 
 Invariant: prompt + text + suffix is what the model was shown, but for what a stop string cuts off.
 """
@@ -11,13 +12,14 @@ Invariant: prompt + text + suffix is what the model was shown, but for what a st
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from engine import CanvasRead, CanvasRequest
+from engine import CanvasRead, CanvasRequest, Sampling
 from server import errors
 from server.canvases import read_canvases
 from server.chat import ChatService, check_biases, choose_seed, sampling
@@ -30,9 +32,16 @@ from server.replies import Folded, Reply, fold
 EOS = "<eos>"
 SHORT = tuple(range(1, 9))  # gap lengths tried first
 LONG = (10, 12, 15, 19, 24, 30, 38, 48), (60, 75, 94, 118, 147, 184, 230)  # and then, a batch at a time
-CONVINCING = -0.1  # mean log-probability from which on nothing longer is tried
+CONVINCING = -0.5  # score from which on nothing longer is tried
+ENTROPY_BOUND = 0.02  # nats; below the checkpoint's, for a gap is short and a slip in it is not mended later
+JUDGED = 4  # tokens of the suffix that are judged
 ALIKE = 0.02  # scores that differ by less say nothing
-RIGHT_CONTEXT = 16  # tokens of the suffix that must have room on the canvas, and that count for the score
+RIGHT_CONTEXT = 16  # tokens of the suffix that must have room on the canvas
+
+
+_Judged = tuple[
+    tuple[int | None, ...], tuple[tuple[int, ...], ...]
+]  # a canvas, and what is asked for at its free places
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,12 @@ class _Try:
     """One length that became certain."""
 
     text: str
-    tokens: int
-    score: float
+    ids: tuple[int, ...]
+    score: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
 
 
 @dataclass
@@ -207,29 +220,38 @@ class InfillReply:
         never = {*info.eos_ids, *self._service.prompts.control.names}
         biases = {**dict(self._task.logit_bias), **dict.fromkeys(never, -100.0)}
         drawn = replace(sampling(self._task, seed), logit_bias=tuple(sorted(biases.items())))
-        requests = [
-            CanvasRequest(
-                id="",
-                prompt_ids=gap.prompt,
-                canvas=gap.canvas(length, info.canvas_length),
-                sampling=drawn,
-                schedule=self._task.schedule,
-            )
-            for length in new
+        schedule = self._task.schedule
+        if schedule.entropy_bound is None:
+            schedule = replace(schedule, entropy_bound=ENTROPY_BOUND)
+        whole = CanvasRequest(id="", prompt_ids=gap.prompt, canvas=(), sampling=drawn, schedule=schedule)
+        reads = await self._read([replace(whole, canvas=gap.canvas(length, info.canvas_length)) for length in new])
+        found = [
+            None if read is None else self._filled_with(gap, length, read)
+            for length, read in zip(new, reads, strict=True)
         ]
-        for length, result in zip(
-            new, await read_canvases(self._service.bridge, requests, param="prompt"), strict=True
-        ):
-            self._work.canvases += 1
-            self._work.steps += result.usage.denoise_steps
-            tried[length] = None if result.read is None else self._judge(gap, length, result.read)
+        fitting = [each for each in found if each is not None]
+        judged = replace(whole, sampling=Sampling(seed=seed))
+        noisy = [_with_noisy_gap(gap, each, info.canvas_length) for each in fitting]
+        noisy += [_with_noisy_suffix(gap, each, info.canvas_length) for each in fitting]
+        scores = [
+            sum(logprob for (logprob,) in read.allowed) / len(read.allowed) if read is not None else -math.inf
+            for read in await self._read([replace(judged, canvas=canvas, allowed=ids) for canvas, ids in noisy])
+        ]
+        tried |= dict.fromkeys(new)
+        for place, each in enumerate(fitting):
+            tried[each.tokens] = replace(each, score=scores[place] + scores[place + len(fitting)])
 
-    def _judge(self, gap: _Gap, length: int, read: CanvasRead) -> _Try | None:
-        text = self._service.prompts.decode(read.token_ids[:length])
-        if not text.startswith(gap.spaces):
-            return None
-        counted = read.logprobs[: length + RIGHT_CONTEXT]
-        return _Try(text.removeprefix(gap.spaces), length, sum(counted) / len(counted))
+    async def _read(self, requests: Sequence[CanvasRequest]) -> list[CanvasRead | None]:
+        results = await read_canvases(self._service.bridge, requests, param="prompt")
+        self._work.canvases += len(results)
+        self._work.steps += sum(result.usage.denoise_steps for result in results)
+        return [result.read for result in results]
+
+    def _filled_with(self, gap: _Gap, length: int, read: CanvasRead) -> _Try | None:
+        """What a canvas came to; None where it does not begin with the spaces that were taken off the prompt."""
+        ids = read.token_ids[:length]
+        text = self._service.prompts.decode(ids)
+        return _Try(text.removeprefix(gap.spaces), ids) if text.startswith(gap.spaces) else None
 
     def _done(self, seed: int) -> ReplyDone:
         work, now = self._work, time.monotonic()
@@ -244,6 +266,18 @@ class InfillReply:
             seconds=now - self._began,
             seconds_to_first_text=None if work.first_text is None else work.first_text - self._began,
         )
+
+
+def _with_noisy_gap(gap: _Gap, filled: _Try, canvas_length: int) -> _Judged:
+    """The canvas whose gap is noise, to be asked for the tokens that were found in it."""
+    return gap.canvas(filled.tokens, canvas_length), tuple((token_id,) for token_id in filled.ids)
+
+
+def _with_noisy_suffix(gap: _Gap, filled: _Try, canvas_length: int) -> _Judged:
+    """The canvas whose gap is filled and the beginning of whose suffix is noise, to be asked for the latter."""
+    begins = gap.suffix[: min(JUDGED, canvas_length - filled.tokens)]
+    canvas = (*filled.ids, *(None,) * len(begins), *gap.suffix[len(begins) :])[:canvas_length]
+    return canvas, tuple((token_id,) for token_id in begins)
 
 
 def _best(tried: dict[int, _Try | None]) -> _Try | None:

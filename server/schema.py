@@ -156,10 +156,11 @@ class DrawFields(BaseModel):
     seed: Seed | None = None
     easel: EaselOptions | None = None
 
-    def draw(self) -> dict[str, Any]:
-        """The fields as `ChatTask` wants them."""
+    def draw(self, temperature: float = 1.0) -> dict[str, Any]:
+        """The fields as `ChatTask` wants them; `temperature` is used where the request has none."""
+        own = self.temperature
         return {
-            **draw(self.temperature, self.top_p, self.top_k),
+            **draw(temperature if own is None else own, self.top_p, self.top_k),
             "min_p": self.min_p or 0.0,
             "logit_bias": tuple(sorted((self.logit_bias or {}).items())),
             "presence_penalty": self.presence_penalty or 0.0,
@@ -197,9 +198,9 @@ class SamplingFields(DrawFields):
             return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
-    def sampling(self) -> dict[str, Any]:
-        """The fields as `ChatTask` wants them."""
-        return {**self.draw(), "stop": self.stop_strings, "choices": self.n or 1}
+    def sampling(self, temperature: float = 1.0) -> dict[str, Any]:
+        """The fields as `ChatTask` wants them; `temperature` is used where the request has none."""
+        return {**self.draw(temperature), "stop": self.stop_strings, "choices": self.n or 1}
 
 
 def draw(temperature: float | None, top_p: float | None, top_k: int | None) -> dict[str, Any]:

@@ -146,7 +146,8 @@ def read(document: bytes) -> AskedCompletion:
         max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
         logprobs=request.logprobs,
         structure=request.structure(),
-        **request.sampling(),
+        # a gap has a likeliest filling; a text to go on with does not
+        **request.sampling(temperature=0.0 if request.suffix else 1.0),
     )
     include_usage = bool(request.stream_options and request.stream_options.include_usage)
     return AskedCompletion(task, bool(request.stream), include_usage)

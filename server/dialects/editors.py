@@ -60,7 +60,7 @@ def read_fim(document: bytes) -> AskedFim:
         model=request.model,
         max_tokens=request.max_tokens or DEFAULT_MAX_TOKENS,
         structure=request.structure(),
-        **request.sampling(),
+        **request.sampling(temperature=0.0),
     )
     include_usage = bool(request.stream_options and request.stream_options.include_usage)
     return AskedFim(task, bool(request.stream), include_usage)
@@ -126,7 +126,7 @@ def read_llama(document: bytes) -> AskedLlama:
         max_tokens=DEFAULT_MAX_TOKENS if bound is None or bound < 0 else bound,
         stop=tuple(request.stop or ()),
         structure=request.structure(),
-        **request.draw(),
+        **request.draw(temperature=0.0),
     )
     return AskedLlama(task, bool(request.stream))
 

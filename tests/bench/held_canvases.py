@@ -2,9 +2,10 @@
 
     python -m tests.bench.held_canvases --prompts 200 [--checkpoint DIR] [--device cuda] [--wrong 10]
 
-Contents are of the test split: never seen in training. A gap is right if its text is the one that was taken out. Odds
-are known exactly, so the error is the mean |probability - odds| over all options of all questions; certain questions
-are those whose odds are 0 and 1, and right means that the likelier option is the true one.
+Contents are of the test split: never seen in training. A gap is right if its text is the one that was taken out; a
+missing operand, which takes arithmetic backwards, is counted apart. Odds are known exactly, so the error is the mean
+|probability - odds| over all options of all questions; certain questions are those whose odds are 0 and 1, and right
+means that the likelier option is the true one.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ def held(key: tuple[object, ...]) -> bool:
     return corpus.heldout(*key)
 
 
-async def infill(service: ChatService, count: int) -> list[tuple[bool, str, int]]:
-    """(right, what was asked and answered, denoise steps) of `count` gaps."""
+async def infill(service: ChatService, count: int) -> list[tuple[bool, bool, str, int]]:
+    """(right, whether a sum's operand is missing, what was asked and answered, denoise steps) of `count` gaps."""
     results = []
     for index in range(count):
         before, middle, after = documents.infill(random.Random(f"infill/{index}"), held)
@@ -43,7 +44,8 @@ async def infill(service: ChatService, count: int) -> list[tuple[bool, str, int]
         folded = await reply.fold()
         text = folded.choices[0].content
         shown = f"{before!r} [{middle}] {after!r} -> {text!r}"
-        results.append((text.strip() == middle.strip(), shown, folded.done.steps))
+        operand = middle.isdigit() and after.startswith((" + ", " - ", " = "))
+        results.append((text.strip() == middle.strip(), operand, shown, folded.done.steps))
     return results
 
 
@@ -94,10 +96,11 @@ async def measure(service: ChatService, count: int, wrong: int) -> None:
     """Print the table."""
     began = time.monotonic()
     gaps = await infill(service, count)
-    right = sum(ok for ok, _, _ in gaps)
-    steps = sum(each for _, _, each in gaps) / count
-    print(f"infill: {right} of {count} gaps right ({100 * right / count:.1f} %), {steps:.1f} denoise steps a gap")
-    for _, shown, _ in [each for each in gaps if not each[0]][:wrong]:
+    for title, wanted in (("the middle of a template", False), ("an operand of a sum or difference", True)):
+        own = [ok for ok, operand, _, _ in gaps if operand == wanted]
+        print(f"infill, {title}: {sum(own)} of {len(own)} right ({100 * sum(own) / max(1, len(own)):.1f} %)")
+    print(f"    {sum(steps for *_, steps in gaps) / count:.1f} denoise steps a gap, all lengths tried together")
+    for _, _, shown, _ in [each for each in gaps if not each[0]][:wrong]:
         print(f"    {shown}")
     for joint in (False, True):
         results = await decide(service, count, joint=joint)

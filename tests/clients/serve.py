@@ -11,6 +11,7 @@ with a folder the first body per name and path, with tools and without, held to 
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
@@ -64,6 +65,11 @@ def say(request: GenerationRequest) -> Script:
 def fill(request: CanvasRequest) -> CanvasRead:
     """What the model finds on a canvas with free positions: the first letters, or "sunny" in a gap of its length."""
     text = TOKENIZER.encode("sunny", add_special_tokens=False).ids
+    if request.allowed and all(len(ids) == 1 for ids in request.allowed):  # how likely is what was found in a gap?
+        before = list(itertools.takewhile(lambda token: token is not None, request.canvas))
+        known = (before or [token for (token,) in request.allowed]) == text
+        likely = ((0.0 if known else -3.0,),) * request.free
+        return CanvasRead(request_id=request.id, token_ids=(), logprobs=(), allowed=likely, steps=1)
     gap = [ids[0] for ids in request.allowed] if request.allowed else (text * request.free)[: request.free]
     sure = 0.0 if request.allowed or request.free == len(text) else -3.0
     found = iter(gap)
