@@ -210,6 +210,20 @@ def test_thoughts_are_folded_calls_are_shown_and_html_is_text(page: Any, site: C
     said(page, "Sunny")
 
 
+def test_two_tabs_keep_each_others_conversations(page: Any, site: Callable[..., str]) -> None:
+    page.goto(site(script("one"), script("two")))
+    other = page.context.new_page()
+    other.goto(page.url)
+    for window, text in ((page, "First"), (other, "Second")):
+        window.get_by_role("button", name="New conversation").first.click()
+        ask(window, text)
+        finished(window)
+    for window in (page, other):
+        window.reload()
+        window.get_by_role("button", name="First", exact=True).wait_for()
+        window.get_by_role("button", name="Second", exact=True).wait_for()
+
+
 def test_a_key_is_asked_for(page: Any, site: Callable[..., str]) -> None:
     page.expected = ["401"]
     page.goto(site(script("welcome"), keys=Keys(["secret"])))
