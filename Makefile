@@ -3,7 +3,7 @@
 #   make test  [ARGS="-k canvas"]                 the whole test suite
 #   make test-clients                             other people's clients against the server; installs them first
 #   make fuzz  [CASES=100000]                     the fuzz tests of the suite with so many cases
-#   make check                                    ruff, ruff format, mypy --strict, import contracts
+#   make check                                    ruff, ruff format, mypy --strict, import contracts, pip-audit where it can run
 #   make bench [ARGS="--requests 5"]              speed of the bundled demo model on this machine
 #   make schemas FILE=schemas.jsonl [ARGS=...]    JSON schemas against the demo model and untrained ones: who keeps to them
 #   make web                                      build the page again from server/web (needs npm)
@@ -25,7 +25,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --pro
 FAILED := { grep -v '^WARNING' $(LOG) | tail -n 15 >&2; echo "The installation failed; all of it is in $(LOG)." >&2; exit 1; }
 
 .NOTPARALLEL:
-.PHONY: help serve test test-clients fuzz check bench schemas web kernels clean
+.PHONY: help serve test test-clients fuzz check audit bench schemas web kernels clean
 
 help:
 	@sed -n '2,10s/^#   //p' Makefile
@@ -80,9 +80,24 @@ check: $(STAMP)-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	@$(MAKE) -s --no-print-directory audit
+
+# Known holes in what we stand on. Where their list cannot be had, that is said and is no fault of ours.
+audit: .venv-audit/.installed
+	@if [ ! -s $< ]; then echo "audit: left out, pip-audit could not be installed"; exit 0; fi; \
+	.venv-audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --timeout 10 >.venv-audit/audit.log 2>&1; \
+	if grep -qE 'Found [0-9]+ known vulnerabilit' .venv-audit/audit.log; then cat .venv-audit/audit.log; exit 1; \
+	elif grep -qE 'could not be audited|Traceback|ERROR' .venv-audit/audit.log; then \
+	  echo "audit: left out, nobody here knows of holes ($$(grep -c 'could not be audited' .venv-audit/audit.log) packages)"; \
+	else tail -n 1 .venv-audit/audit.log; fi
+
+.venv-audit/.installed: | $(BIN)/python
+	@$(BIN)/python -m venv .venv-audit
+	@if .venv-audit/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off \
+	  'pip-audit>=2.7,<3' >.venv-audit/install.log 2>&1; then echo installed >$@; else : >$@; fi
 
 clean:
-	rm -rf .venv .venv-clients tests/clients/node/node_modules server/web/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-clients .venv-audit tests/clients/node/node_modules server/web/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(STAMP)-run: $(INPUTS) | $(BIN)/python
 	@echo "Installing easel into .venv (the first time takes a few minutes) ..."

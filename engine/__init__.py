@@ -80,6 +80,14 @@ def computed_steps(options: BenchOptions) -> list[dict[str, Detail]]:
     return _computed_steps(shape_of(options.shape), options.formats, options.prompts[0])
 
 
+def pull_checkpoint(name: str) -> Path:
+    """Download what is missing of a checkpoint by its hub id, from where an earlier try broke off; returns its folder.
+    Raises CheckpointError."""
+    from engine.checkpoint import DESCRIPTION, resolve_folder  # deferred: imports torch
+
+    return resolve_folder(name, (*DESCRIPTION, "*.safetensors"))
+
+
 def quantize_checkpoint(
     source: str, target: Path, quantize: str, quantize_dense: str | None, *, device: str = "auto", progress: bool = True
 ) -> Path:
@@ -176,6 +184,7 @@ __all__ = [
     "memory_plans",
     "planned_pools",
     "profile_lines",
+    "pull_checkpoint",
     "quantize_checkpoint",
     "shown",
     "stored_format",

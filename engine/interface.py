@@ -73,7 +73,7 @@ class Schedule:
 # What each changes of the checkpoint's schedule; README has what it costs and brings on the demo model.
 PRESETS: Mapping[str, Schedule] = MappingProxyType(
     {
-        "quality": Schedule(entropy_bound=0.05, confidence_threshold=0.002, stability_threshold=2),
+        "quality": Schedule(confidence_threshold=0.002, stability_threshold=2),
         "balanced": Schedule(),
         "fast": Schedule(entropy_bound=0.15, confidence_threshold=0.01, stability_threshold=0),
     }

@@ -7,6 +7,7 @@ not listen yet, so clients are refused until the model is ready.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 
 
@@ -25,6 +26,7 @@ def bind(host: str, port: int) -> socket.socket:
     bound = socket.socket(family, kind, protocol)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _notice_the_dead(bound)
         bound.bind(address)
     except OSError as error:
         bound.close()
@@ -41,6 +43,28 @@ def url(bound: socket.socket) -> str:
     host, port = bound.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address. Raises AddressError for a name that does not resolve."""
+    try:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (socket.gaierror, UnicodeError):
+        raise AddressError(f"no such address: {host}") from None
+    return all(ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback for *_, address in found)
+
+
+def _notice_the_dead(listener: socket.socket) -> None:
+    """Have the system end connections whose other side is gone or reads nothing; those accepted inherit this."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", 60),
+        ("TCP_KEEPINTVL", 15),
+        ("TCP_KEEPCNT", 4),
+        ("TCP_USER_TIMEOUT", 120_000),  # milliseconds until what is sent must be taken
+    ):
+        if hasattr(socket, name):  # not every system has all of them
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _another(port: int) -> int:

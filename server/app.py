@@ -8,11 +8,10 @@ within one step.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
-import uuid
-from collections.abc import Callable, Coroutine
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -20,23 +19,24 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import errors, metrics, openapi, page
+from server.access import Keys, Names
 from server.chat import ChatService
 from server.dialects import anthropic, completions, decisions, editors, openai_chat, responses, tokens
 from server.dialects.response_store import ResponseStore
 from server.dialects.wire import Asked
 from server.errors import ApiError
 from server.infill import open_reply
+from server.middleware import NamesOnly, RequestRecord, SpanAround, error_response
 from server.sse import ChunkStream
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-_ANTHROPIC = "/v1/messages"  # what is below it has errors of another shape
 _CLIENT_GONE = 499  # nobody reads it; it tells the access log why there is no answer
 
 
@@ -44,10 +44,18 @@ _CLIENT_GONE = 499  # nobody reads it; it tells the access log why there is no a
 class AppSettings:
     """What the HTTP side can be told."""
 
-    api_key: str | None = field(default=None, repr=False)  # None: no authentication
+    keys: Keys = field(default_factory=lambda: Keys(()))
+    names: Names | None = None  # None: any name and origin
+    cors_origins: tuple[str, ...] = ()
     heartbeat_seconds: float = 10.0
     drain_seconds: float = 10.0  # how long a running stream may go on after the server was told to stop
+    body_seconds: float = 60.0  # how long a client may take to send its body
+    request_seconds: float | None = None  # how long an answer may take altogether
+    send_seconds: float = 60.0  # how long a client may take to read what a stream sent it
     max_body_bytes: int = 10_000_000
+    max_messages: int = 10_000
+    log_content: bool = False
+    span: SpanAround | None = None
 
 
 class _ClientGone(Exception):
@@ -57,18 +65,30 @@ class _ClientGone(Exception):
 def create_app(service: ChatService, settings: AppSettings) -> FastAPI:
     """The application. It does not start or close the bridge: whoever built that does."""
     app = FastAPI(title="easel", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(_RequestId)
+    if settings.names is not None:
+        app.add_middleware(NamesOnly, names=settings.names)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
+    app.add_middleware(
+        RequestRecord, metrics=service.bridge.metrics, log_content=settings.log_content, span=settings.span
+    )
     _handle_errors(app)
     _add_status_routes(app, service, settings)
 
     @app.get("/v1/models")
     async def models(request: Request) -> Response:
-        _authenticate(request, settings)
+        settings.keys.check(request.headers)
         return JSONResponse({"object": "list", "data": [_card(service, name) for name in service.model_names]})
 
     @app.get("/v1/models/{name:path}")
     async def model(request: Request, name: str) -> Response:
-        _authenticate(request, settings)
+        settings.keys.check(request.headers)
         if name not in service.model_names:
             raise errors.unknown_model(name, service.model_names)
         return JSONResponse(_card(service, name))
@@ -97,21 +117,21 @@ def _add_responses(app: FastAPI, service: ChatService, settings: AppSettings) ->
 
     @app.get("/v1/responses/{response_id}")
     async def retrieve(request: Request, response_id: str) -> Response:
-        _authenticate(request, settings)
+        settings.keys.check(request.headers)
         return JSONResponse(responses.retrieve(store, response_id))
 
     @app.delete("/v1/responses/{response_id}")
     async def delete(request: Request, response_id: str) -> Response:
-        _authenticate(request, settings)
+        settings.keys.check(request.headers)
         return JSONResponse(responses.delete(store, response_id))
 
 
 def _add_decisions(app: FastAPI, service: ChatService, settings: AppSettings) -> None:
     @app.post("/v1/decisions")
     async def decide(request: Request) -> Response:
-        _authenticate(request, settings)
-        document = await _json_body(request, settings.max_body_bytes)
-        return JSONResponse(await _unless_gone(request, decisions.decide(service, document)))
+        settings.keys.check(request.headers)
+        document = await _json_body(request, settings)
+        return JSONResponse(await _unless_gone(request, settings, decisions.decide(service, document)))
 
 
 def _add_plain_route(
@@ -125,8 +145,8 @@ def _add_plain_route(
 
     @app.post(path)
     async def plain(request: Request) -> Response:
-        _authenticate(request, settings)
-        document = await _json_body(request, settings.max_body_bytes)
+        settings.keys.check(request.headers)
+        document = await _json_body(request, settings)
         # Tokenising a long text takes a while; replies go on meanwhile.
         return JSONResponse(await asyncio.to_thread(answer, service, document))
 
@@ -138,17 +158,20 @@ def _add_reply_route(
 
     @app.post(path)
     async def reply(request: Request) -> Response:
-        _authenticate(request, settings)
-        asked = read(await _json_body(request, settings.max_body_bytes))
+        settings.keys.check(request.headers)
+        asked = read(await _json_body(request, settings))
+        if len(asked.task.messages) > settings.max_messages:
+            raise errors.too_many_messages(len(asked.task.messages), settings.max_messages)
         if not asked.streamed:
-            return JSONResponse(await _unless_gone(request, _complete(service, asked)))
+            return JSONResponse(await _unless_gone(request, settings, _complete(service, asked)))
         reply = await open_reply(service, asked.task)
         return ChunkStream(
-            asked.chunks(reply),
+            _in_time(asked.chunks(reply), request, settings),
             framing=asked.framing,
             close=reply.close,
             heartbeat_seconds=settings.heartbeat_seconds,
             drain_seconds=settings.drain_seconds,
+            send_seconds=settings.send_seconds,
         )
 
 
@@ -173,13 +196,13 @@ def _add_status_routes(app: FastAPI, service: ChatService, settings: AppSettings
     async def stats(request: Request) -> Response:
         if page.wants_page(request):
             return page.page()
-        _authenticate(request, settings)
+        settings.keys.check(request.headers)
         about = {"model": service.model_names[0], "ready": service.bridge.ready}
         return JSONResponse(about | service.bridge.metrics.document())
 
     @app.get("/metrics")
     async def prometheus(request: Request) -> Response:
-        _authenticate(request, settings)
+        settings.keys.check(request.headers)
         return Response(service.bridge.metrics.exposition(), media_type=metrics.CONTENT_TYPE)
 
     @app.get("/ready")
@@ -202,15 +225,39 @@ def _card(service: ChatService, name: str) -> dict[str, Any]:
     return openai_chat.model_card(name, created=service.loaded_at, context_length=length)
 
 
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Do the work, but drop it when the client leaves: nothing cancels a plain endpoint by itself."""
+def _seconds_left(request: Request, settings: AppSettings) -> float | None:
+    limit = settings.request_seconds
+    return None if limit is None else limit - (time.monotonic() - request.scope["state"]["began"])
+
+
+async def _in_time(
+    chunks: AsyncGenerator[dict[str, Any], None], request: Request, settings: AppSettings
+) -> AsyncGenerator[dict[str, Any], None]:
+    """The chunks, until the time is up. Raises ApiError then."""
+    async with aclosing(chunks):
+        while True:
+            try:
+                async with asyncio.timeout(_seconds_left(request, settings)):
+                    chunk = await anext(chunks)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise errors.timed_out(settings.request_seconds) from None
+            yield chunk
+
+
+async def _unless_gone(request: Request, settings: AppSettings, work: Coroutine[Any, Any, T]) -> T:
+    """Do the work, but drop it when the client leaves or the time is up: nothing cancels a plain endpoint by itself."""
     doing = asyncio.ensure_future(work)
     leaving = asyncio.ensure_future(_left(request))
     try:
-        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        left = _seconds_left(request, settings)
+        await asyncio.wait({doing, leaving}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if doing.done():
             return doing.result()
-        raise _ClientGone
+        if leaving.done():
+            raise _ClientGone
+        raise errors.timed_out(settings.request_seconds)
     finally:
         doing.cancel()
         leaving.cancel()
@@ -222,52 +269,44 @@ async def _left(request: Request) -> None:
         pass
 
 
-def _authenticate(request: Request, settings: AppSettings) -> None:
-    if settings.api_key is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
-        given = request.headers.get("x-api-key", "")  # Anthropic's clients
-    # Digests, so that the time taken tells nothing about the key, its length included.
-    expected, actual = (hashlib.sha256(key.encode()).digest() for key in (settings.api_key, given.strip()))
-    if not hmac.compare_digest(expected, actual):
-        message = "Incorrect or missing API key. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
-        raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
-
-
-async def _json_body(request: Request, limit: int) -> bytes:
+async def _json_body(request: Request, settings: AppSettings) -> bytes:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
         message = f"The body must be JSON, sent as 'Content-Type: application/json' (got '{kind[:100] or 'none'}')."
         raise ApiError(415, message, code="unsupported_media_type")
-    declared = request.headers.get("content-length", "")
+    declared, limit = request.headers.get("content-length", ""), settings.max_body_bytes
     body = bytearray()
     if not (declared.isdecimal() and int(declared) > limit):
-        async for part in request.stream():
-            body += part
-            if len(body) > limit:
-                break
-        else:
-            return bytes(body)
+        try:
+            async with asyncio.timeout(settings.body_seconds):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > limit:
+                        break
+                else:
+                    return bytes(body)
+        except TimeoutError:
+            message = f"The body did not arrive within {settings.body_seconds:g} seconds."
+            raise ApiError(408, message, code="request_timeout", headers={"Connection": "close"}) from None
     raise ApiError(413, f"The request body is larger than {limit} bytes.", code="request_too_large")
 
 
 def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:
-        return _error_response(request, error)
+        return error_response(request.url.path, error)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
         message = f"{error.detail}: {request.method} {request.url.path}"
-        return _error_response(request, ApiError(error.status_code, message, code=code, headers=error.headers))
+        return error_response(request.url.path, ApiError(error.status_code, message, code=code, headers=error.headers))
 
     @app.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         param = ".".join(str(part) for part in first["loc"][1:])
-        return _error_response(request, errors.invalid(f"{param}: {first['msg']}", param=param))
+        return error_response(request.url.path, errors.invalid(f"{param}: {first['msg']}", param=param))
 
     @app.exception_handler(_ClientGone)
     @app.exception_handler(ClientDisconnect)
@@ -277,35 +316,6 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:
         # Starlette logs the traceback; the client gets nothing that could show other people's text.
-        response = _error_response(request, ApiError(500, "Internal server error", code="internal_error"))
+        response = error_response(request.url.path, ApiError(500, "Internal server error", code="internal_error"))
         response.headers["x-request-id"] = request.scope["state"]["request_id"]  # sent outside the middleware
         return response
-
-
-def _error_response(request: Request, error: ApiError) -> Response:
-    """The error in the shape of the wire format that was spoken."""
-    body = anthropic.error_body(error) if request.url.path.startswith(_ANTHROPIC) else error.body()
-    return JSONResponse(body, status_code=error.status, headers=error.headers)
-
-
-class _RequestId:
-    """Gives every answer an `x-request-id`: the client's own, if it sent a sane one."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        given = dict(scope["headers"]).get(b"x-request-id", b"")
-        sane = 0 < len(given) <= 128 and given.isascii() and given.decode().isprintable()
-        request_id = given.decode() if sane else f"req_{uuid.uuid4().hex}"
-        scope.setdefault("state", {})["request_id"] = request_id
-
-        async def send_with_id(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", request_id.encode())]}
-            await send(message)
-
-        await self._app(scope, receive, send_with_id)

@@ -100,18 +100,36 @@ class _Stop:
     """Wakes the thread so that it sees `_closing`."""
 
 
+class _GivenUp(Exception):
+    """The step came back after the watchdog had ended everything."""
+
+
 class Bridge:
     """Owns an engine from `start` to `close`; also a context manager that does both."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        step_seconds: float | None = None,
+        on_failure: Callable[[], None] | None = None,
+        on_end: Callable[[Request, Timeline], None] | None = None,
+    ) -> None:
+        """`step_seconds`: a step that takes longer is given up, and the engine with it. `on_failure` is called once,
+        from some thread, when the engine is gone and all requests were told; `on_end` when a caller leaves its request.
+        """
         self._engine = engine
+        self._step_seconds, self._on_failure, self._on_end = step_seconds, on_failure, on_end
         self._info = engine.info
         self._stats = engine.stats()
         self.metrics = Metrics(self._info, lambda: self._stats)
         self._inbox: queue.SimpleQueue[_Submit | _Cancel | _Stop] = queue.SimpleQueue()
         self._seats: dict[str, _Seat] = {}  # touched by the engine thread only
         self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()  # guards the three fields below against a submit slipping past the end
+        self._lock = threading.Lock()  # guards the fields below, against a submit or a step slipping past the end
+        self._step_began: float | None = None
+        self._given_up = False
+        self._over = threading.Event()
         self._closing = False
         self._dead = False
         self._failure: str | None = None
@@ -128,6 +146,11 @@ class Bridge:
         return self._stats
 
     @property
+    def failure(self) -> str | None:
+        """Why the engine is gone; None while it is there or was closed."""
+        return self._failure
+
+    @property
     def ready(self) -> bool:
         """True while requests are taken."""
         return self._thread is not None and not self._closing and not self._dead
@@ -138,9 +161,16 @@ class Bridge:
             raise RuntimeError("a bridge starts once")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
+        if self._step_seconds is not None:
+            threading.Thread(
+                target=self._watch, args=(self._step_seconds,), name="engine watchdog", daemon=True
+            ).start()
 
-    def close(self, drain_seconds: float = DRAIN_SECONDS) -> None:
-        """Take no more requests, let the running ones end, cancel those that take longer, free the engine."""
+    def close(self, drain_seconds: float = DRAIN_SECONDS, wait_seconds: float | None = None) -> bool:
+        """Take no more requests, let the running ones end, cancel those that take longer, free the engine.
+
+        False if the engine's thread still stands in a step: because the watchdog gave it up, or after `wait_seconds`.
+        """
         with self._lock:
             first = not self._closing
             self._closing = True
@@ -149,9 +179,12 @@ class Bridge:
         if self._thread is None:
             if first:
                 self._engine.close()
-            return
+            return True
         self._inbox.put(_Stop())
-        self._thread.join()
+        if not self._over.wait(wait_seconds) or self._given_up:
+            return False
+        self._thread.join(wait_seconds)
+        return not self._thread.is_alive()
 
     def __enter__(self) -> Bridge:
         self.start()
@@ -171,13 +204,19 @@ class Bridge:
         loop = asyncio.get_running_loop()
         seat = _Seat(request, loop, loop.create_future())
         self._send(_Submit(seat))
+        accepted = False
         try:
             await seat.accepted
+            accepted = True
             yield seat
         finally:
             if not seat.finished:
-                self.metrics.cancelled()
                 self.cancel(request.id)
+            if accepted:
+                if not seat.finished:
+                    self.metrics.cancelled()
+                if self._on_end is not None:
+                    self._on_end(request, seat.timeline)
 
     def cancel(self, request_id: str) -> None:
         """End a request at the next step; its `Finished` still arrives. Unknown ids are ignored."""
@@ -200,14 +239,50 @@ class Bridge:
             while self._turn():
                 pass
         except Exception as error:
+            if self._given_up:
+                return  # nobody waits for it any more, and what the engine is like now nobody knows
             logger.exception("the engine thread died")
+            self._fail(f"{type(error).__name__}: {error}")
+            try:
+                self._engine.close()
+            except Exception:  # a device that failed may not even let go of its memory
+                logger.exception("the engine could not be closed")
+            return
+        with self._lock:
+            self._dead = True
+        self._finish_all("the server is shutting down")
+        self._over.set()
+        self._engine.close()
+
+    def _fail(self, failure: str) -> None:
+        with self._lock:
+            if self._failure is not None:
+                return
+            self._failure, self._dead = failure, True
+        self._finish_all(failure)
+        self._over.set()
+        if self._on_failure is not None:
+            self._on_failure()
+
+    def _watch(self, limit: float) -> None:
+        """On a thread of its own: give up a step that does not end. The engine's thread then touches nothing more."""
+        while not self._over.wait(min(1.0, limit / 4)):
             with self._lock:
-                self._failure = f"{type(error).__name__}: {error}"
-        finally:
-            with self._lock:
-                self._dead = True
-            self._finish_all(self._failure or "the server is shutting down")
-            self._engine.close()
+                began = self._step_began
+                self._given_up = began is not None and time.monotonic() - began > limit
+            if self._given_up:
+                logger.critical("a step of the engine did not end within %g seconds", limit)
+                self._fail(f"a step did not end within {limit:g} seconds")
+
+    def _step(self) -> list[Event]:
+        with self._lock:
+            self._step_began = time.monotonic()
+        events = self._engine.step()
+        with self._lock:
+            self._step_began = None
+            if self._given_up:
+                raise _GivenUp
+        return events
 
     def _turn(self) -> bool:
         """Read the inbox, advance the engine by one step. False when the bridge is closed and drained."""
@@ -217,7 +292,7 @@ class Bridge:
                 self._engine.cancel(request_id)
         if self._engine.has_work:
             began = time.monotonic()
-            events = self._engine.step()
+            events = self._step()
             self._stats = self._engine.stats()
             for request_id in self._stats.running:
                 self._seat_given(request_id, began)

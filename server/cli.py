@@ -1,23 +1,20 @@
-"""The `easel` command, and the composition root: here, and only here, the parts are put together.
+"""The `easel` command.
 
-build_engine -> Bridge -> PromptRenderer -> ChatService -> create_app -> uvicorn. Knows every part by its
-constructor and none by its inside. Imports of what is slow to import stand in the commands that need it, so that
-`easel --help` answers at once. Invariant: what the user did wrong is one line on stderr and exit status 2.
+Knows what each command is called and takes, not how a server is put together (`launch`). Imports of what is slow to
+import stand in the commands that need it, so that `easel --help` answers at once. Invariant: what the user did wrong is
+one line on stderr and exit status 2.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -28,24 +25,15 @@ from engine import (
     BENCH_GROUPS,
     SHAPES,
     BenchOptions,
-    CheckpointError,
     EngineError,
-    EngineInfo,
     build_engine,
+    pull_checkpoint,
     quantize_checkpoint,
 )
-from server.address import AddressError, bind, url
-from server.config import DEMO_CHECKPOINT, Settings, SettingsError
+from server.address import AddressError
+from server.config import Settings, SettingsError, easel_version
 from server.flags import takes_settings
 
-if TYPE_CHECKING:
-    import uvicorn
-
-    from server.chat import ChatService
-    from server.prompt import PromptRenderer
-
-DEMO_NAME = "easel-demo"
-GRACE_SECONDS = 10  # what running replies get when the server is told to stop
 logger = logging.getLogger("easel")
 app = typer.Typer(
     no_args_is_help=True,
@@ -67,16 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(0)
 
 
-def _version() -> str:
-    try:
-        return version("easel-server")
-    except PackageNotFoundError:
-        return "(not installed)"  # run from a source tree
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(f"easel {_version()}")
+        print(f"easel {easel_version()}")
         raise typer.Exit
 
 
@@ -93,20 +74,9 @@ def _root(
 @takes_settings("server", "engine")
 def serve(settings: Settings) -> None:
     """Start the server."""
-    import uvicorn
+    from server import launch
 
-    _log_to_stderr()
-    logger.info("settings: %s", settings.as_line())
-    # uvicorn hands a signal on once it has stopped; without this SIGTERM would end us before the engine is closed.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    with closing(bind(settings.server.host, settings.server.port)) as listener, _service(settings) as service:
-        server = uvicorn.Server(_uvicorn_config(service, settings, access_log=True))
-        listener.listen()  # from here on clients are not refused, so what the screen says is true
-        _start_screen(settings, service, url(listener))
-        try:
-            server.run(sockets=[listener])
-        except KeyboardInterrupt:
-            logger.info("stopped")
+    launch.serve(settings)
 
 
 @app.command()
@@ -127,9 +97,11 @@ def chat(
         raise SettingsError(
             f"{typed[0]} is about loading a model, but --url names a server that has loaded one already"
         )
-    key = settings.server.api_key
-    with _own_server(settings) if server_url is None else _elsewhere(server_url) as address:
-        client = ChatClient(address, api_key=key.get_secret_value() if key else None)
+    from server import launch
+
+    key = next(iter(settings.server.keys()), None)
+    with launch.own_server(settings) if server_url is None else _elsewhere(server_url) as address:
+        client = ChatClient(address, api_key=key)
         with closing(client):
             console = Console(highlight=False)
             if console.is_terminal and sys.stdin.isatty():
@@ -179,7 +151,7 @@ def bench(
     ] = False,
 ) -> None:
     """Measure speed on this machine. The last line printed is one JSON document."""
-    from server import shape_bench, turns_bench
+    from server import launch, shape_bench, turns_bench
 
     ours: dict[str, object] = {"--requests": requests, "--max-tokens": max_tokens}
     ours |= {"--turns": turns, "--parallel": parallel}
@@ -196,8 +168,10 @@ def bench(
         if turns is not None:
             _refuse({"--requests": requests}, "has no meaning with --turns, which asks one question a turn")
             loaded = partial(build_engine, settings.engine.options(progress=sys.stderr.isatty()))
-            bench = turns_bench.Bench(loaded, _renderer, turns=turns, parallel=parallel or 1, max_tokens=max_tokens)
-            bench.report(prompt, _engine_line, json_path)
+            bench = turns_bench.Bench(
+                loaded, launch.renderer, turns=turns, parallel=parallel or 1, max_tokens=max_tokens
+            )
+            bench.report(prompt, launch.engine_line, json_path)
             return
         _refuse({"--parallel": parallel}, "belongs to --turns")
         _bench_requests(settings, prompt, requests or 5, max_tokens, json_path)
@@ -233,10 +207,11 @@ def _bench_requests(
     settings: Settings, prompt: list[str] | None, requests: int, max_tokens: int | None, path: Path | None
 ) -> None:
     from server import bench as measuring
+    from server import launch
 
     asked = prompt or list(measuring.story_prompts(requests))
     with closing(build_engine(settings.engine.options(progress=sys.stderr.isatty()))) as engine:
-        renderer = _renderer(engine.info)
+        renderer = launch.renderer(engine.info)
         prompts = [(text, renderer.render([{"role": "user", "content": text}]).ids) for text in asked]
         first_text, first_ids = prompts[0]
         measuring.measure(engine, first_text, first_ids, seed=0, max_tokens=max_tokens)  # warm-up, not counted
@@ -247,7 +222,7 @@ def _bench_requests(
             if sys.stderr.isatty():
                 print(f"\r{number + 1} of {requests}", end="\r", file=sys.stderr)
         console = Console(highlight=False)
-        console.print(_engine_line(engine.info))
+        console.print(launch.engine_line(engine.info))
         console.print(measuring.table(results))
         document = json.dumps(measuring.document(engine, results))
     if path is not None:
@@ -285,6 +260,12 @@ def check(settings: Settings) -> None:
 
 
 @app.command()
+def pull(model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, as owner/name.")]) -> None:
+    """Download a checkpoint, from where an earlier try broke off. The last line printed is its folder."""
+    print(pull_checkpoint(model))
+
+
+@app.command()
 def quantize(
     source: Annotated[str, typer.Argument(metavar="IN", help="Folder of a bf16 checkpoint, or its hub id.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; it must not exist.")],
@@ -295,126 +276,14 @@ def quantize(
     device: Annotated[str, typer.Option(help="Where to compute: auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
     """Write a quantised copy of a checkpoint in the published layout, for any engine that reads compressed-tensors."""
+    from server.launch import size_in_words
+
     shown = sys.stderr.isatty()
     written = quantize_checkpoint(source, target, form, quantize_dense, device=device, progress=shown)
     size = sum(path.stat().st_size for path in written.iterdir())
-    print(f"{written}: {_size(size)}")
-
-
-@contextmanager
-def _service(settings: Settings) -> Iterator[ChatService]:
-    """The loaded model with its engine thread running; closed on the way out."""
-    from server.bridge import Bridge
-    from server.chat import ChatService
-
-    engine = build_engine(settings.engine.options(progress=sys.stderr.isatty()))
-    with Bridge(engine) as bridge:
-        yield ChatService(bridge, _renderer(bridge.info), model_names(settings))
-
-
-@contextmanager
-def _own_server(settings: Settings) -> Iterator[str]:
-    """A server of our own on a free loopback port, in a thread: the chat is a client like any other."""
-    import uvicorn
-
-    with closing(bind("127.0.0.1", 0)) as listener, _service(settings) as service:
-        listener.listen()
-        server = uvicorn.Server(_uvicorn_config(service, settings, access_log=False))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server", daemon=True)
-        thread.start()
-        try:
-            yield url(listener)
-        finally:
-            server.should_exit = True
-            thread.join()
+    print(f"{written}: {size_in_words(size)}")
 
 
 @contextmanager
 def _elsewhere(address: str) -> Iterator[str]:
     yield address
-
-
-def _renderer(info: EngineInfo) -> PromptRenderer:
-    from server.prompt import PromptRenderer
-
-    try:
-        return PromptRenderer.from_folder(info.model_path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"the tokenizer of {info.model_path} cannot be loaded: {error}") from error
-
-
-def _uvicorn_config(service: ChatService, settings: Settings, *, access_log: bool) -> uvicorn.Config:
-    import uvicorn
-
-    from server.app import AppSettings, create_app
-
-    key = settings.server.api_key
-    application = create_app(
-        service, AppSettings(api_key=key.get_secret_value() if key else None, drain_seconds=GRACE_SECONDS)
-    )
-    # log_config=None: the log goes where ours goes.
-    return uvicorn.Config(
-        application,
-        log_config=None,
-        log_level="info" if access_log else "warning",
-        access_log=access_log,
-        timeout_graceful_shutdown=GRACE_SECONDS + 2,  # streams end themselves first, and say why
-    )
-
-
-def model_names(settings: Settings) -> tuple[str, ...]:
-    """What clients may call the model, the name to show first: hub id or folder name, then the aliases."""
-    model = settings.engine.model
-    if Path(model) == DEMO_CHECKPOINT:
-        name = DEMO_NAME
-    else:
-        name = Path(model).resolve().name if Path(model).is_dir() else model
-    return (name, *settings.server.alias)
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    for chatty in ("httpx", "huggingface_hub", "transformers"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
-
-
-def _engine_line(info: EngineInfo) -> str:
-    return f"{info.device} · weights {info.format}, computing in {info.dtype} · {info.kernels} kernels"
-
-
-def _start_screen(settings: Settings, service: ChatService, address: str) -> None:
-    info = service.bridge.info
-    name, *aliases = service.model_names
-    question = {"model": name, "messages": [{"role": "user", "content": "What is 17 + 25?"}]}
-    key = " -H 'Authorization: Bearer YOUR_KEY'" if settings.server.api_key else ""
-    lines = {
-        "model": " = ".join([name, *aliases]) + f", {_count(info.parameters)} parameters, from {info.model_path}",
-        "device": _engine_line(info),
-        "memory": f"{_size(info.weight_bytes)} of weights, {_size(info.kv_bytes)} of KV cache",
-        "pages": " · ".join(f"{count} in {kind} layers" for kind, count in sorted(info.pages.items()))
-        + f", of {info.page_length} tokens each",
-        "context": f"{info.context_length} tokens, canvases of {info.canvas_length}; "
-        + (f"{info.slots} requests at a time" if info.slots > 1 else "one request at a time"),
-        "address": f"{address} (OpenAI base URL: {address}/v1)",
-    }
-    console = Console(highlight=False)
-    console.print(f"\n[bold]easel {_version()}[/] is ready; the model took {info.load_seconds:.1f} s to load\n")
-    for title, text in lines.items():
-        console.print(f"  {title:<8} {text}", markup=False, soft_wrap=True)
-    console.print("\nTry it:\n")
-    body = json.dumps(question)
-    command = f"curl {address}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
-    console.print(command, markup=False, soft_wrap=True)
-    console.print()
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
-def _count(count: float) -> str:
-    return f"{count / 1e9:.1f} billion" if count >= 1e9 else f"{count / 1e6:.1f} million"

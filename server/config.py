@@ -14,6 +14,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
@@ -28,6 +29,7 @@ from pydantic_settings import (
 
 import engine
 from engine import EngineOptions
+from server.logs import LogFormat
 
 ENV_PREFIX = "EASEL_"
 DEMO_CHECKPOINT = Path(engine.__path__[0]) / "demo" / "checkpoint"
@@ -69,12 +71,55 @@ class ServerSettings(_Section):
     alias: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
         (), description="Another name clients may call the model by; may be given several times."
     )
-    api_key: SecretStr | None = Field(
-        None,
-        min_length=1,
-        description="Key that clients must send as a bearer token; without one anybody may ask.",
+    api_key: Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
+        (),
+        description="Keys, any of which clients must send as a bearer token; without one anybody may ask.",
         examples=["a-long-random-string"],
     )
+    api_key_file: Path | None = Field(
+        None,
+        description="File with such keys, one a line; lines with a leading # are comments.",
+        examples=["easel-keys.txt"],
+    )
+    insecure: bool = Field(
+        False, description="Serve without a key on an address that other machines reach: anybody there may ask."
+    )
+    allowed_host: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
+        (), description="A name clients without a key may call this server by; may be given several times."
+    )
+    cors_origin: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
+        (),
+        description="Origin whose web pages may use this server, as https://app.example; may be given several times.",
+    )
+    max_body: float = Field(10.0, gt=0, description="Megabytes a request's body may have.")
+    max_messages: int = Field(10_000, ge=1, description="Messages a request may have.")
+    request_timeout: float = Field(600.0, gt=0, description="Seconds an answer may take, waiting included.")
+    step_timeout: float = Field(
+        300.0, gt=0, description="Seconds a step of the engine may take; then it is given up and the server ends."
+    )
+    drain: float = Field(10.0, ge=0, description="Seconds that running replies get when the server is told to stop.")
+    log_format: LogFormat = Field("text", description="text, or json: one object a line.")
+    log_content: bool = Field(False, description="Write what is asked and answered to the log.")
+    otlp_endpoint: str | None = Field(
+        None,
+        min_length=1,
+        description="Where to send OpenTelemetry traces, over HTTP; needs the extra tracing.",
+        examples=["http://localhost:4318/v1/traces"],
+    )
+
+    def keys(self) -> tuple[str, ...]:
+        """All API keys, those of the file included. Raises SettingsError."""
+        keys = [key.get_secret_value() for key in self.api_key]
+        if self.api_key_file is not None:
+            try:
+                lines = self.api_key_file.read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise SettingsError(f"cannot read the API keys in {self.api_key_file}: {error}") from None
+            read = [line.strip() for line in lines if line.strip() and not line.strip().startswith("#")]
+            if not read:
+                raise SettingsError(f"{self.api_key_file} holds no API key; write one on a line of its own")
+            keys += read
+        return tuple(keys)
 
 
 class EngineSettings(_Section):
@@ -173,6 +218,14 @@ def load_settings(flags: Mapping[str, object], file: Path | None = None) -> Sett
         server=_layered(ServerSettings, tables.get("server", {}), typed, file),
         engine=_layered(EngineSettings, tables.get("engine", {}), typed, file),
     )
+
+
+def easel_version() -> str:
+    """The installed version."""
+    try:
+        return version("easel-server")
+    except PackageNotFoundError:
+        return "(not installed)"  # run from a source tree
 
 
 def describe(name: str) -> str:

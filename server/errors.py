@@ -15,7 +15,9 @@ _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
     404: "invalid_request_error",
+    403: "permission_error",
     405: "invalid_request_error",
+    408: "invalid_request_error",
     413: "invalid_request_error",
     415: "invalid_request_error",
     429: "rate_limit_error",
@@ -78,6 +80,18 @@ def context_length_exceeded(
         f"{param} or completion. The longest prompt that fits has {context_length - 1} tokens."
     )
     return ApiError(400, message, param=param, code="context_length_exceeded")
+
+
+def too_many_messages(count: int, most: int) -> ApiError:
+    """400: the conversation has more messages than the settings allow."""
+    message = f"'messages' has {count} items; this server takes at most {most}."
+    return ApiError(400, message, param="messages", code="too_many_messages")
+
+
+def timed_out(seconds: float | None) -> ApiError:
+    """504: the answer took longer than the settings allow. Not to be retried: it would again."""
+    message = f"The request took longer than the {seconds:g} seconds this server gives one. Ask for fewer tokens."
+    return ApiError(504, message, code="request_timeout", headers={"x-should-retry": "false"})
 
 
 def queue_full() -> ApiError:

@@ -24,6 +24,16 @@ _TYPES: dict[str, Any] = {  # str for all others
     "kv_memory": float,
     "max_waiting": int,
     "alias": list[str],
+    "api_key_file": Path,
+    "insecure": bool,
+    "allowed_host": list[str],
+    "cors_origin": list[str],
+    "max_body": float,
+    "max_messages": int,
+    "request_timeout": float,
+    "step_timeout": float,
+    "drain": float,
+    "log_content": bool,
 }
 
 

@@ -46,12 +46,15 @@ _GETS = {
 _FAULTS = {
     "400": "The request is at fault; `param` names the field",
     "401": "The API key is missing or wrong",
+    "403": "A name or an origin that keyless clients may not use",
     "404": "No such model, response or route",
+    "408": "The body did not arrive in time",
     "413": "The body is too large",
     "415": "The body is not JSON",
     "429": "The waiting queue is full",
     "500": "Generation failed",
     "503": "The engine is not running",
+    "504": "The answer took longer than the settings allow",
 }
 
 

@@ -56,12 +56,14 @@ class ChunkStream(EventSourceResponse):
         close: Callable[[], Awaitable[None]],
         heartbeat_seconds: float,
         drain_seconds: float,
+        send_seconds: float,
     ) -> None:
         super().__init__(
             _events(chunks, framing),
             ping=heartbeat_seconds,
             ping_message_factory=lambda: ServerSentEvent(comment="ping", sep=_LINE_END),
             sep=_LINE_END,
+            send_timeout=send_seconds,  # or a client that stops reading would hold its reply's slot
             shutdown_grace_period=drain_seconds,  # 0, the default, would cut replies off at ctrl-C
         )
         self._close = close

@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from server.bench import story_prompts
-from server.terminal_chat import ChatClient, Closing
+from server.terminal_chat import ChatClient, Closing, Piece
 
 
 def ask(client: ChatClient, model: str, prompt: str) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def ask(client: ChatClient, model: str, prompt: str) -> dict[str, Any]:
     for item in client.reply(model, [{"role": "user", "content": prompt}], thinking=False):
         if isinstance(item, Closing):
             facts = item.facts
-        elif first is None:
+        elif first is None and isinstance(item, Piece):
             first = time.perf_counter() - began
     return {"prompt": prompt, "seconds": time.perf_counter() - began, "seconds_to_first_text": first, "server": facts}
 

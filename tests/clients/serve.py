@@ -27,6 +27,7 @@ from starlette.responses import JSONResponse, Response  # noqa: E402
 from starlette.types import ASGIApp, Message, Receive, Scope, Send  # noqa: E402
 
 from engine import CanvasRead, CanvasRequest, GenerationRequest  # noqa: E402
+from server.access import Keys  # noqa: E402
 from server.app import AppSettings, create_app  # noqa: E402
 from server.bridge import Bridge  # noqa: E402
 from server.chat import ChatService  # noqa: E402
@@ -118,7 +119,7 @@ def main() -> None:
     engine = FakeEngine(say, context_length=CONTEXT, reader=fill)
     prompts = PromptRenderer(TOKENIZER, Template(TEMPLATE.read_text(encoding="utf-8")))
     with Bridge(engine) as bridge:
-        app = create_app(ChatService(bridge, prompts, ["easel-demo"]), AppSettings(api_key="key"))
+        app = create_app(ChatService(bridge, prompts, ["easel-demo"]), AppSettings(keys=Keys(["key"])))
 
         @app.get("/engine")
         async def state(request: Request) -> Response:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from server.access import Keys
 from server.app import AppSettings
 from tests.fakes import byte_tokenizer, script
 
@@ -252,7 +253,7 @@ def test_errors_have_anthropics_shape(serve: Serve) -> None:
 
 
 def test_both_ways_to_send_the_key(serve: Serve) -> None:
-    client = serve(script("x"), settings=AppSettings(api_key="k"))
+    client = serve(script("x"), settings=AppSettings(keys=Keys(["k"])))
     body = {"max_tokens": 5, "messages": USER}
     for headers in ({"x-api-key": "k"}, {"authorization": "Bearer k"}):
         assert client.request("POST", PATH, json=body, headers=headers).status_code == 200

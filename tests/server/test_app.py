@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from server.access import Keys
 from server.app import AppSettings
 from tests.fakes import Script, script
 
@@ -78,10 +79,10 @@ def test_a_dead_engine(serve: Serve, stream: bool) -> None:
 
 
 def test_authentication(serve: Serve) -> None:
-    client = serve(script("Hello"), settings=AppSettings(api_key="clé"))
+    client = serve(script("Hello"), settings=AppSettings(keys=Keys(["clé"])))
     right = {"Authorization": "Bearer clé".encode()}
     assert client.request("POST", CHAT, json=BODY, headers=right).status_code == 401  # headers are latin-1
-    client = serve(script("Hello"), settings=AppSettings(api_key="secret"))
+    client = serve(script("Hello"), settings=AppSettings(keys=Keys(["secret"])))
     assert client.request("POST", CHAT, json=BODY, headers={"Authorization": "Bearer secret"}).status_code == 200
     assert client.request("GET", "/v1/models", headers={"Authorization": "bearer secret"}).status_code == 200
     for given in (
@@ -95,7 +96,7 @@ def test_authentication(serve: Serve) -> None:
             assert error(answer, 401)["code"] == "invalid_api_key"
             assert answer.headers["www-authenticate"] == "Bearer"
     assert client.request("GET", "/health").status_code == 200
-    assert "secret" not in repr(AppSettings(api_key="secret"))
+    assert "secret" not in repr(AppSettings(keys=Keys(["secret"])))
 
 
 def test_unknown_paths_and_methods(client: Any) -> None:

@@ -15,6 +15,7 @@ from openai.types.decision import Decision
 
 from engine import CanvasRead, CanvasRequest
 from engine.demo import decisions as demo
+from server.access import Keys
 from server.app import AppSettings, create_app
 from server.bridge import Bridge
 from server.chat import ChatService
@@ -164,7 +165,7 @@ def test_what_is_refused(serve: Serve, fields: dict[str, Any], param: str) -> No
 
 def test_an_unknown_model_and_a_missing_key(serve: Serve) -> None:
     assert ask(serve(), model="gpt-6-luna").status_code == 404
-    assert ask(serve(settings=AppSettings(api_key="k"))).status_code == 401
+    assert ask(serve(settings=AppSettings(keys=Keys(["k"])))).status_code == 401
 
 
 def test_many_questions_do_not_fill_the_queue(serve: Serve) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from server.metrics import Metrics, Timeline
 from tests.fakes import FakeEngine, Script, script
 
 Serve = Callable[..., Any]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
@@ -122,3 +126,28 @@ def test_times_are_taken_from_one_thing_to_the_next(monkeypatch: pytest.MonkeyPa
     assert found["easel_redrawn_canvases_total", frozenset()] == 1
     assert timeline.canvases == [(15.0, 4), (16.5, 4)]
     assert (timeline.ended, timeline.reason) == (17.0, "stop")
+
+
+def test_the_dashboard_asks_for_what_there_is(serve: Serve) -> None:
+    client = serve(script("Hello"))
+    client.chat()
+    families = list(text_string_to_metric_families(client.request("GET", "/metrics").text))
+    families += text_string_to_metric_families(fixed_metrics().exposition().decode())
+    exported: dict[str, set[str]] = {}
+    for family in families:
+        for sample in family.samples:
+            exported.setdefault(sample.name, set()).update(sample.labels)
+    dashboard = json.loads((ROOT / "configs" / "grafana-dashboard.json").read_text(encoding="utf-8"))
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for query in queries for name in re.findall(r"\b(?:easel|process)_\w+", query)}
+    assert asked <= set(exported)
+    for query in queries:
+        (name, *_) = re.findall(r"\b(?:easel|process)_\w+", query)
+        for labels in re.findall(r"by \(([^)]*)\)", query):
+            assert {label.strip() for label in labels.split(",")} <= exported[name], query
+    # And everything is shown, but for what only says how a histogram was made.
+    shown = {re.sub(r"_(bucket|sum|count)$", "", name) for name in asked}
+    ours = {name for name in exported if name.startswith("easel_") and not name.endswith("_created")}
+    ours = {re.sub(r"_(bucket|sum|count)$", "", name) for name in ours}
+    assert {name for name in ours - shown if not name.startswith("easel_model_info")} == set()
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

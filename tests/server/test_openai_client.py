@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from engine import GenerationRequest
+from server.access import Keys
 from server.app import AppSettings, create_app
 from server.bridge import Bridge
 from server.chat import ChatService
@@ -45,7 +46,7 @@ def address(listening: Any) -> Iterator[str]:
 
     with Bridge(FakeEngine(say, context_length=500)) as bridge:
         service = ChatService(bridge, PromptRenderer(TOKENIZER, Template()), ["demo"])
-        with listening(create_app(service, AppSettings(api_key="k"))) as url:
+        with listening(create_app(service, AppSettings(keys=Keys(["k"])))) as url:
             yield f"{url}/v1"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from server.access import Keys
 from server.app import AppSettings
 from server.page import DIST
 from tests.fakes import script
@@ -73,7 +74,7 @@ def test_an_unchanged_file_is_not_sent_twice(serve: Callable[..., Any]) -> None:
 
 
 def test_the_page_needs_no_key_and_what_it_asks_for_does(serve: Callable[..., Any]) -> None:
-    client = serve(script("Hi"), settings=AppSettings(api_key="secret"))
+    client = serve(script("Hi"), settings=AppSettings(keys=Keys(["secret"])))
     assert client.request("GET", "/", headers=BROWSER).status_code == 200
     assert client.request("GET", "/stats", headers=BROWSER).status_code == 200
     assert client.request("GET", "/stats").status_code == 401

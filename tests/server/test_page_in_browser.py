@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 
 from engine import EngineOptions, build_engine
+from server.access import Keys
 from server.app import AppSettings, create_app
 from server.bridge import Bridge
 from server.chat import ChatService
@@ -77,7 +78,7 @@ def listening(app: Any, port: int) -> Iterator[str]:
 
 @pytest.fixture
 def site(prompts: PromptRenderer) -> Iterator[Callable[..., str]]:
-    """site(script, ..., api_key=…) -> address of a server that says so"""
+    """site(script, ..., keys=…) -> address of a server that says so"""
     with contextlib.ExitStack() as stack:
 
         def build(*scripts: Script, **settings: Any) -> str:
@@ -209,9 +210,23 @@ def test_thoughts_are_folded_calls_are_shown_and_html_is_text(page: Any, site: C
     said(page, "Sunny")
 
 
+def test_two_tabs_keep_each_others_conversations(page: Any, site: Callable[..., str]) -> None:
+    page.goto(site(script("one"), script("two")))
+    other = page.context.new_page()
+    other.goto(page.url)
+    for window, text in ((page, "First"), (other, "Second")):
+        window.get_by_role("button", name="New conversation").first.click()
+        ask(window, text)
+        finished(window)
+    for window in (page, other):
+        window.reload()
+        window.get_by_role("button", name="First", exact=True).wait_for()
+        window.get_by_role("button", name="Second", exact=True).wait_for()
+
+
 def test_a_key_is_asked_for(page: Any, site: Callable[..., str]) -> None:
     page.expected = ["401"]
-    page.goto(site(script("welcome"), api_key="secret"))
+    page.goto(site(script("welcome"), keys=Keys(["secret"])))
     page.get_by_label("This server wants an API key").fill("secret")
     page.get_by_role("button", name="Use it").click()
     page.locator(".banner").wait_for(state="detached")

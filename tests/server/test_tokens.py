@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from server.access import Keys
 from server.app import AppSettings
 from tests.fakes import byte_tokenizer, script
 
@@ -90,6 +91,6 @@ def test_what_is_refused(post: Any, path: str, body: dict[str, Any]) -> None:
 
 
 def test_the_key_is_asked_for(serve: Serve) -> None:
-    client = serve(script("x"), settings=AppSettings(api_key="k"))
+    client = serve(script("x"), settings=AppSettings(keys=Keys(["k"])))
     for path in ("/tokenize", "/detokenize", "/apply-template", "/v1/completions", "/v1/responses", "/v1/messages"):
         assert client.request("POST", path, json={}).status_code == 401

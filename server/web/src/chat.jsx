@@ -71,17 +71,31 @@ function Composer() {
   );
 }
 
+// What grows at the end stays in sight, unless the reader has scrolled away from it.
+function followEnd(view) {
+  let follows = true;
+  const scrolled = () => (follows = view.scrollHeight - view.scrollTop - view.clientHeight < 80);
+  const grown = new ResizeObserver(() => follows && view.scrollTo({ top: view.scrollHeight }));
+  view.addEventListener("scroll", scrolled, { passive: true });
+  grown.observe(view.firstElementChild);
+  return () => {
+    view.removeEventListener("scroll", scrolled);
+    grown.disconnect();
+  };
+}
+
 export function Chat() {
   const [menu, setMenu] = useState(false);
   const [settings, setSettings] = useState(false);
-  const end = useRef();
+  const view = useRef();
   const messages = conversation()?.messages ?? [];
   const last = messages.at(-1);
   useEffect(() => { connect(); }, []);
   useEffect(() => {
     document.title = conversation()?.title ? `${conversation().title} · easel` : "easel";
   }, [conversation()?.title]);
-  useEffect(() => end.current.scrollIntoView({ block: "end" }), [messages.length, last?.content, running.value === null]);
+  useEffect(() => followEnd(view.current), []);
+  useEffect(() => view.current.scrollTo({ top: view.current.scrollHeight }), [current.value, messages.length]);
   return (
     <div class="layout">
       <Sidebar open={menu} close={() => setMenu(false)} />
@@ -92,7 +106,8 @@ export function Chat() {
           <button class="quiet" onClick={() => setSettings(true)}>Settings</button>
         </header>
         <Banner />
-        <main>
+        <main ref={view}>
+         <div>
           {!messages.length && (
             <div class="welcome">
               <p>Text out of noise: a whole canvas at once.</p>
@@ -101,7 +116,7 @@ export function Chat() {
           )}
           {messages.map((message) => <Message key={message.id} message={message} messages={messages} />)}
           <p class="hidden" role="status">{running.value ? "The reply is coming" : last?.role === "assistant" ? "The reply is there" : ""}</p>
-          <div ref={end} class="end" />
+         </div>
         </main>
         <Composer />
       </div>

@@ -32,8 +32,28 @@ export function draftsOf(id) {
   return steps.get(id);
 }
 
-export const addDraft = (id, draft) => (draftsOf(id).value = [...draftsOf(id).value, draft]);
-export const keepDrafts = (id) => store("readwrite", (table) => table.put(draftsOf(id).value, id));
+// A fast model takes more steps than the screen has frames: those of a frame are shown together.
+const coming = new Map(); // message id -> drafts since the last frame
+
+function show(id) {
+  const drafts = coming.get(id) ?? [];
+  coming.delete(id);
+  if (drafts.length) draftsOf(id).value = [...draftsOf(id).value, ...drafts];
+}
+
+export function addDraft(id, draft) {
+  if (coming.has(id)) {
+    coming.get(id).push(draft);
+    return;
+  }
+  coming.set(id, [draft]);
+  requestAnimationFrame(() => show(id));
+}
+
+export function keepDrafts(id) {
+  show(id);
+  store("readwrite", (table) => table.put(draftsOf(id).value, id));
+}
 
 export function forgetDrafts(ids) {
   for (const id of ids) {

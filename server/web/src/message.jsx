@@ -1,5 +1,5 @@
 // One message: what was said, how it came about, and what can be done with it.
-import { useRef, useState } from "preact/hooks";
+import { useMemo, useRef, useState } from "preact/hooks";
 import { Denoising, Facts } from "./canvas.jsx";
 import { draftsOf } from "./drafts.js";
 import { html } from "./markdown.js";
@@ -64,10 +64,11 @@ function Asked({ message, busy }) {
 
 function Answer({ message, messages, live, busy }) {
   const drafts = draftsOf(message.id).value;
+  const written = useMemo(() => html(message.content), [message.content]); // not anew for every step
   return (
     <>
       {message.reasoning && <details class="thought"><summary>Thinking</summary><div>{message.reasoning}</div></details>}
-      {message.content && <div class="prose" dangerouslySetInnerHTML={{ __html: html(message.content) }} />}
+      {message.content && <div class="prose" dangerouslySetInnerHTML={{ __html: written }} />}
       {message.calls?.map((call) => <Call key={call.id} call={call} messages={messages} busy={busy} />)}
       {live && !drafts.length && !message.content && <p class="dim">Reading …</p>}
       {message.error && <p class="fault" role="alert">{message.error}</p>}

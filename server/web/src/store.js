@@ -12,6 +12,10 @@ function kept(name, initial, storage = localStorage) {
     // what cannot be read is as good as absent
   }
   const value = signal(first);
+  // Another tab may have talked meanwhile: without this the last one to write would undo what the other said.
+  addEventListener("storage", ({ key, newValue, storageArea }) => {
+    if (storageArea === storage && key === PREFIX + name && newValue !== null) value.value = JSON.parse(newValue);
+  });
   effect(() => {
     try {
       storage.setItem(PREFIX + name, JSON.stringify(value.value));
