@@ -320,6 +320,7 @@ CANVASES = 3
 REPLIES_OF_ALL_CANVASES = 20
 
 
+@pytest.mark.timeout(900)  # 60 canvases through both, of 24 passes each
 def test_demo_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(DEMO, dtype=torch.float32).eval()
