@@ -23,7 +23,7 @@ from engine.kernels.grouped import (
     row_tile,
     stored,
 )
-from engine.kernels.routing import schedule
+from engine.kernels.routing import Schedule, schedule
 from engine.kernels.tiles import rounded, widened
 from engine.kernels.weights import Weight
 
@@ -43,6 +43,19 @@ def sum_kernel(parts, weights, out, width, A: tl.constexpr, LANES: tl.constexpr)
     tl.store(out + row * width + columns, rounded(total, out.dtype.element_ty), mask=live)
 
 
+def routed(plan: Schedule) -> Rows:
+    """A routing schedule as the matmul kernels take it."""
+    return Rows(
+        order=plan.order,
+        expert=plan.expert,
+        start=plan.start,
+        rows=plan.rows,
+        count=plan.order.shape[0],
+        tiles=plan.expert.shape[0],
+        routed=True,
+    )
+
+
 def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Weight, down: Weight) -> Tensor:
     """As `reference.experts`. x [R, M] of the weights' dtype if they are plain, else bfloat16; all contiguous.
 
@@ -51,16 +64,7 @@ def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Weight, down: W
     first, second = stored(gate_up), stored(down)
     rows, active = chosen.shape
     bm = row_tile(rows * active, first.experts)
-    plan = schedule(chosen, first.experts, bm)
-    tiles = Rows(
-        order=plan.order,
-        expert=plan.expert,
-        start=plan.start,
-        rows=plan.rows,
-        count=rows * active,
-        tiles=plan.expert.shape[0],
-        routed=True,
-    )
+    tiles = routed(schedule(chosen, first.experts, bm))
     hidden = x.new_empty(rows * active, second.width)
     parts = x.new_empty(rows * active, second.out)
     launch_gated(x, first, tiles, hidden, bm, active=active, following=second.form)

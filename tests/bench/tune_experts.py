@@ -19,7 +19,8 @@ from unittest import mock
 import torch
 
 from engine.kernels import grouped
-from engine.kernels.grouped import FORMATS, Rows, Tiling, launch_gated, launch_matmul, stored
+from engine.kernels.experts import routed
+from engine.kernels.grouped import FORMATS, Tiling, launch_gated, launch_matmul, stored
 from engine.kernels.routing import schedule
 from engine.kernels.tiles import ordered
 from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, Weight, nbytes
@@ -66,16 +67,7 @@ def launcher(form: str, gated: bool, experts: int, rows: int, bm: int):  # type:
     flat = stored(matrix)
     chosen = torch.stack([torch.randperm(experts)[: min(ACTIVE, experts)] for _ in range(rows)]).cuda()
     active = chosen.shape[1]
-    plan = schedule(chosen, experts, bm)
-    tiles = Rows(
-        order=plan.order,
-        expert=plan.expert,
-        start=plan.start,
-        rows=plan.rows,
-        count=rows * active,
-        tiles=plan.expert.shape[0],
-        routed=True,
-    )
+    tiles = routed(schedule(chosen, experts, bm))
     x = torch.randn(rows if gated else rows * active, flat.width, dtype=torch.bfloat16, device="cuda")
     out = torch.empty(rows * active, WIDTH if gated else HIDDEN, dtype=torch.bfloat16, device="cuda")
 
