@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from engine.config import VisionConfig
 from engine.interface import (
     MAX_DENOISING_STEPS,
     MAX_LOGPROBS,
@@ -33,6 +34,41 @@ def check_request(request: Request, vocab_size: int, canvas_length: int) -> None
     for problem, found in problems.items():
         if found:
             raise EngineError(problem)
+
+
+def check_images_of(request: Request, vision: VisionConfig | None) -> None:
+    """Raise EngineError for an image that the model's vision tower could not take, or that stands elsewhere than the
+    prompt says."""
+    if not request.images:
+        return
+    if vision is None:
+        raise EngineError("images has an image, but this model takes none")
+    free = 0  # the first position that no image has
+    for index, image in enumerate(request.images):
+        square = vision.pooling**2
+        held = request.prompt_ids[max(0, image.at) : max(0, image.at) + image.tokens]
+        bad_side = any(
+            side < 1 or side % vision.pooling or side > vision.positions for side in (image.rows, image.columns)
+        )
+        problems = {
+            f"has {image.columns} x {image.rows} patches; both must be a multiple of {vision.pooling}, up to "
+            f"{vision.positions}": bad_side,
+            f"has {image.tokens} tokens for {image.columns} x {image.rows} patches": image.tokens * square
+            != image.rows * image.columns,
+            f"has {image.tokens} tokens; at most {vision.most_tokens} are possible": image.tokens > vision.most_tokens,
+            f"has {len(image.pixels)} bytes of pixels": len(image.pixels)
+            != image.rows * image.columns * 3 * vision.patch_size**2 * 4,
+            f"stands at {image.at}, where the prompt does not have its {image.tokens} tokens {vision.image_id}": len(
+                held
+            )
+            != image.tokens
+            or set(held) != {vision.image_id},
+            f"stands at {image.at}, before or against the one before it": image.at < free,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise EngineError(f"images[{index}] {problem}")
+        free = image.at + image.tokens + 1
 
 
 def _reply(request: GenerationRequest) -> dict[str, bool]:
