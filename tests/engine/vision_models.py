@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DiffusionGemmaForBlockDiffusion, DynamicCache
+from transformers import DiffusionGemmaConfig, DiffusionGemmaForBlockDiffusion, DynamicCache
 
 from engine.interface import GenerationRequest, ImagePatches, Sampling
 from tests.engine.small_models import VISION, random_ids, random_model, save, small_config
@@ -27,9 +27,15 @@ TOWER = VISION | {
 
 
 def vision_model(seed: int = 0, **text: Any) -> DiffusionGemmaForBlockDiffusion:
+    """A small model of a config with `text`."""
+    return random_vision_model(small_config(**text), seed)
+
+
+def random_vision_model(
+    config: DiffusionGemmaConfig, seed: int = 0, tower: dict[str, Any] = TOWER
+) -> DiffusionGemmaForBlockDiffusion:
     """transformers' model with every weight random, the vision tower's too."""
-    config = small_config(**text)
-    config.vision_config = type(config.vision_config)(**{k: v for k, v in TOWER.items() if k != "model_type"})
+    config.vision_config = type(config.vision_config)(**{k: v for k, v in tower.items() if k != "model_type"})
     model = random_model(config, seed)
     generator = torch.Generator().manual_seed(seed + 1)
     encoder = model.model.encoder
