@@ -86,12 +86,6 @@ def without_data(messages: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any
     return [bare(message) for message in messages]
 
 
-def refuse_images(messages: Iterable[Mapping[str, Any]]) -> None:
-    """Raise ApiError (400) for the first image: the model takes none."""
-    for part in image_parts(messages):
-        raise invalid("This model reads text only: it takes no images", param=part["param"], code="unsupported_value")
-
-
 def misplaced(parts: Sequence[Mapping[str, Any]]) -> ApiError:
     """400: an image among `parts` stands in a message whose author has none to show."""
     first = next(part for part in parts if part["type"] == "image")
@@ -186,3 +180,13 @@ def shown(parts: Sequence[Mapping[str, Any]]) -> str | list[Mapping[str, Any]]:
     if any(part["type"] == "image" for part in joined):
         return joined
     return str(joined[0]["text"]) if joined else ""
+
+
+def read_images(reader: ImageReader | None, messages: Sequence[Mapping[str, Any]], most: int) -> list[Patches]:
+    """What `reader` makes of the images of messages; None for a model that takes none. Raises ApiError (400)."""
+    if reader is not None:
+        return reader.read(messages, most)
+    for part in image_parts(messages):
+        message = "This model reads text only: it takes no images"
+        raise invalid(message, param=part["param"], code="unsupported_value")
+    return []

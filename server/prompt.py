@@ -175,7 +175,7 @@ class PromptRenderer:
         """
         ids: list[int] = []
         pieces = list(self._rendered(messages, tools, options or {}))
-        self._bound(sum(len(piece) for piece, _ in pieces), most)
+        self._bound(sum(len(piece) for piece, _ in pieces), most, sum(image.tokens for image in images))
         if images and sum(piece == (IMAGE, True) for piece in pieces) != len(images):
             raise invalid("The model's chat template does not show every image of these messages", param="messages")
         left, placed = iter(images), list[ImagePatches]()
@@ -227,8 +227,8 @@ class PromptRenderer:
         for piece, is_control in self.control.split(text):
             yield (piece, True) if is_control else (piece.translate(restore), False)
 
-    def _bound(self, characters: int, most: int | None) -> None:
-        at_least = characters // self.longest
+    def _bound(self, characters: int, most: int | None, more: int = 0) -> None:
+        at_least = characters // self.longest + more
         if most is not None and at_least > most:
             raise PromptTooLong(at_least)
 
