@@ -38,7 +38,7 @@ def book_ids(request: Request) -> list[int]:
 
 def runs(ids: Sequence[int]) -> Iterator[ImageRun]:
     """The images, or parts of images, among ids of the books."""
-    begin = 0
+    begin = 0 if min(ids, default=0) < 0 else len(ids)
     while begin < len(ids):
         if ids[begin] >= 0:
             begin += 1

@@ -14,6 +14,7 @@ import base64
 import binascii
 import io
 import re
+import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -39,7 +40,10 @@ _FAULTS = (
     ValueError,
     SyntaxError,
     EOFError,
-    OverflowError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    struct.error,
     Image.DecompressionBombError,
     Image.DecompressionBombWarning,  # where warnings are made errors
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import random
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,7 +22,8 @@ from engine import CheckpointError, EngineOptions, GenerationRequest, build_engi
 from server.app import AppSettings, create_app
 from server.bridge import Bridge
 from server.chat import ChatService
-from server.images import MAX_IMAGES, ImageReader
+from server.errors import ApiError
+from server.images import MAX_IMAGES, ImageReader, image_part
 from server.launch import chat_service
 from server.prompt import PromptRenderer
 from tests.engine.small_models import small_config
@@ -212,6 +214,25 @@ def test_what_is_refused(client: Client, data: str, message: str) -> None:
     assert (answer.status_code, error["param"]) == (400, "messages[0].content[1]")
     assert message in error["message"]
     assert not client.engine.requests
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_damaged_files_are_read_or_refused(kind: str) -> None:
+    """Bytes changed, cut out and put in, half of them in the header."""
+    whole, chance, reader = base64.b64decode(file(30, 20, kind)), random.Random(kind), ImageReader(processor())
+    ends = {True: 0, False: 0}
+    for _ in range(60):
+        damaged = bytearray(whole)
+        for _ in range(chance.choice([1, 1, 3])):
+            place = chance.randrange(min(chance.choice([60, len(damaged)]), len(damaged)))
+            damaged[place : place + chance.randrange(3)] = chance.randbytes(chance.randrange(3))
+        part = image_part(base64.b64encode(damaged).decode(), "here")
+        try:
+            ends[bool(reader.read([{"role": "user", "content": [part]}], 1000))] += 1
+        except ApiError as error:
+            assert (error.status, error.param) == (400, "here")
+            ends[False] += 1
+    assert ends[True] and ends[False]
 
 
 @pytest.mark.parametrize("role", ["system", "assistant"])
