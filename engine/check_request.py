@@ -43,26 +43,19 @@ def check_images_of(request: Request, vision: VisionConfig | None) -> None:
         return
     if vision is None:
         raise EngineError("images has an image, but this model takes none")
-    free = 0  # the first position that no image has
+    free, square, patch = 0, vision.pooling**2, 3 * vision.patch_size**2 * 4  # first position no image has; bytes
     for index, image in enumerate(request.images):
-        square = vision.pooling**2
-        held = request.prompt_ids[max(0, image.at) : max(0, image.at) + image.tokens]
-        bad_side = any(
-            side < 1 or side % vision.pooling or side > vision.positions for side in (image.rows, image.columns)
-        )
+        patches, begin = image.rows * image.columns, max(0, image.at)
+        held = request.prompt_ids[begin : begin + image.tokens]
+        sides = (image.rows, image.columns)
         problems = {
             f"has {image.columns} x {image.rows} patches; both must be a multiple of {vision.pooling}, up to "
-            f"{vision.positions}": bad_side,
-            f"has {image.tokens} tokens for {image.columns} x {image.rows} patches": image.tokens * square
-            != image.rows * image.columns,
+            f"{vision.positions}": any(side < 1 or side % vision.pooling or side > vision.positions for side in sides),
+            f"has {image.tokens} tokens for {patches} patches": image.tokens * square != patches,
             f"has {image.tokens} tokens; at most {vision.most_tokens} are possible": image.tokens > vision.most_tokens,
-            f"has {len(image.pixels)} bytes of pixels": len(image.pixels)
-            != image.rows * image.columns * 3 * vision.patch_size**2 * 4,
-            f"stands at {image.at}, where the prompt does not have its {image.tokens} tokens {vision.image_id}": len(
-                held
-            )
-            != image.tokens
-            or set(held) != {vision.image_id},
+            f"has {len(image.pixels)} bytes of pixels": len(image.pixels) != patches * patch,
+            f"stands at {image.at}, where the prompt does not have its {image.tokens} tokens {vision.image_id}": held
+            != (vision.image_id,) * image.tokens,
             f"stands at {image.at}, before or against the one before it": image.at < free,
         }
         for problem, found in problems.items():
