@@ -1,9 +1,10 @@
 """The engine: token ids in, token ids out. Import only from here; no torch is imported until `build_engine` runs."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from engine.config import load_model_config, published_config
+from engine.config import PUBLISHED_VISION, load_model_config, published_config
 from engine.formats import choose, layout
 from engine.interface import (
     MAX_DENOISING_STEPS,
@@ -26,6 +27,7 @@ from engine.interface import (
     Finished,
     FinishReason,
     GenerationRequest,
+    ImagePatches,
     PoolStats,
     QueueFull,
     Request,
@@ -103,7 +105,7 @@ def memory_plans(folder: str | None) -> tuple[MemoryPlan, ...]:
     """What the checkpoint in a folder needs on a GPU, in every format it can be loaded in; None = the published
     one. Reads its configuration only. Raises CheckpointError."""
     if folder is None:
-        return plans(published_config())
+        return plans(replace(published_config(), vision=PUBLISHED_VISION))
     config = load_model_config(Path(folder))
     quantization = load_quantization(Path(folder))
     if quantization is None:
@@ -116,7 +118,7 @@ def planned_pools(options: EngineOptions, memory: int, *, gpu: bool) -> Pools | 
     """How `memory` bytes would be dealt out to the model in the folder `options.model`, weights included on a GPU; None
     if it is not enough. Reads its configuration only. Raises EngineError."""
     folder = Path(options.model)
-    config, quantization = load_model_config(folder), load_quantization(folder)
+    config, quantization = load_model_config(folder, images=options.images), load_quantization(folder)
     if quantization is None:
         weights = layout(config, choice=choose(options.quantize, options.quantize_dense))
     else:
@@ -165,6 +167,7 @@ __all__ = [
     "FinishReason",
     "Finished",
     "GenerationRequest",
+    "ImagePatches",
     "MemoryPlan",
     "PoolStats",
     "Pools",

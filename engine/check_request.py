@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from engine.config import VisionConfig
 from engine.interface import (
     MAX_DENOISING_STEPS,
     MAX_LOGPROBS,
@@ -33,6 +34,34 @@ def check_request(request: Request, vocab_size: int, canvas_length: int) -> None
     for problem, found in problems.items():
         if found:
             raise EngineError(problem)
+
+
+def check_images_of(request: Request, vision: VisionConfig | None) -> None:
+    """Raise EngineError for an image that the model's vision tower could not take, or that stands elsewhere than the
+    prompt says."""
+    if not request.images:
+        return
+    if vision is None:
+        raise EngineError("images has an image, but this model takes none")
+    free, square, patch = 0, vision.pooling**2, 3 * vision.patch_size**2 * 4  # first position no image has; bytes
+    for index, image in enumerate(request.images):
+        patches, begin = image.rows * image.columns, max(0, image.at)
+        held = request.prompt_ids[begin : begin + image.tokens]
+        sides = (image.rows, image.columns)
+        problems = {
+            f"has {image.columns} x {image.rows} patches; both must be a multiple of {vision.pooling}, up to "
+            f"{vision.positions}": any(side < 1 or side % vision.pooling or side > vision.positions for side in sides),
+            f"has {image.tokens} tokens for {patches} patches": image.tokens * square != patches,
+            f"has {image.tokens} tokens; at most {vision.most_tokens} are possible": image.tokens > vision.most_tokens,
+            f"has {len(image.pixels)} bytes of pixels": len(image.pixels) != patches * patch,
+            f"stands at {image.at}, where the prompt does not have its {image.tokens} tokens {vision.image_id}": held
+            != (vision.image_id,) * image.tokens,
+            f"stands at {image.at}, before or against the one before it": image.at < free,
+        }
+        for problem, found in problems.items():
+            if found:
+                raise EngineError(f"images[{index}] {problem}")
+        free = image.at + image.tokens + 1
 
 
 def _reply(request: GenerationRequest) -> dict[str, bool]:

@@ -5,7 +5,7 @@ one by one from the mapped file into their final place, quantising on the way if
 Which tensors there must be is `engine.formats`' to say. Knows no layer's maths and builds no model.
 
 Invariant: a folder loads completely or not at all. Every missing, unexpected or mis-shaped tensor is a
-CheckpointError that names it; only the vision tower's are skipped.
+CheckpointError that names it; only the vision tower's are skipped where images are not served.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from engine.quantize import CHUNK, allocate, parts_of, quantize
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")  # not served yet
+VISION = ("model.encoder.vision_tower.", "model.encoder.embed_vision.")
 PLAIN_FORMATS = {"BF16": "bf16", "F32": "fp32"}
 ITEM_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F8_E4M3": 1, "U8": 1, "I32": 4, "I64": 8}
 DESCRIPTION = ("*.json", "*.jinja", "*.model")  # of a checkpoint: all but its weights
@@ -70,7 +70,7 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Number of weights of the text model."""
-        return sum(prod(shape(tensor)) for tensor in self.tensors.values())
+        return sum(prod(shape(tensor)) for name, tensor in self.tensors.items() if not name.startswith("vision."))
 
     @property
     def weight_bytes(self) -> int:
@@ -110,10 +110,12 @@ def load_checkpoint(
     return read_checkpoint(plan_checkpoint(path_or_hub_id, choice), device, dtype, progress)
 
 
-def plan_checkpoint(path_or_hub_id: str | Path, choice: Choice | None = None) -> CheckpointPlan:
-    """Read the configuration, and of a hub id download no more than that. Raises CheckpointError."""
+def plan_checkpoint(path_or_hub_id: str | Path, choice: Choice | None = None, *, images: bool = True) -> CheckpointPlan:
+    """Read the configuration, and of a hub id download no more than that. Raises CheckpointError.
+
+    `images`: with the vision tower of a checkpoint that takes images."""
     folder = resolve_folder(path_or_hub_id, DESCRIPTION)
-    config = load_model_config(folder)
+    config = load_model_config(folder, images=images)
     generation = load_generation_defaults(folder)
     quantization = load_quantization(folder)
     if quantization is not None and choice:
@@ -230,6 +232,8 @@ def check_tensors(stored: Mapping[str, Stored], plan: Layout, folder: Path) -> N
             f"quantization_config says that {module} is stored as {scheme.title}; it contradicts the tensors, or the "
             "download is incomplete"
             if scheme
+            else "it says how images are cut up, but has no tower for them; serve text only with --images off"
+            if missing[0].startswith(VISION)
             else "the download is incomplete or for another model"
         )
         raise CheckpointError(f"{folder} lacks {_names(missing)}; {why}")

@@ -10,13 +10,15 @@ CheckpointError naming the key, never a value quietly ignored.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.interface import CheckpointError
 
 MODEL_TYPE = "diffusion_gemma"
+# A checkpoint with one of these takes images: how they are cut up is as much part of it as its weights.
+IMAGE_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,26 @@ class LayerConfig:
     kv_heads: int
     rope_theta: float
     rope_partial: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """The sizes of the vision tower."""
+
+    hidden_size: int
+    intermediate_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    patch_size: int
+    pooling: int  # patches along a side of the square that becomes one soft token
+    positions: int  # rows or columns of patches that there are embeddings for
+    standardize: bool
+    rms_norm_eps: float
+    most_tokens: int  # soft tokens an image is cut up into at most
+    image_id: int
+    document: str  # vision_config as JSON: transformers' own tower is built from it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +69,7 @@ class ModelConfig:
     num_experts: int
     top_k_experts: int
     layers: tuple[LayerConfig, ...]
+    vision: VisionConfig | None = None  # None = the model takes no images, or is not to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +107,34 @@ def published_config() -> ModelConfig:
     )
 
 
-def load_model_config(folder: Path) -> ModelConfig:
+# of google/diffusiongemma-26B-A4B-it
+PUBLISHED_VISION = VisionConfig(
+    hidden_size=1152,
+    intermediate_size=4304,
+    layers=27,
+    heads=16,
+    kv_heads=16,
+    head_dim=72,
+    patch_size=16,
+    pooling=3,
+    positions=10_240,
+    standardize=True,
+    rms_norm_eps=1e-6,
+    most_tokens=280,
+    image_id=258_880,
+    document="",
+)
+
+
+def takes_images(folder: Path) -> bool:
+    """Whether a checkpoint says how images are to be cut up."""
+    return any((folder / name).is_file() for name in IMAGE_PROCESSOR_FILES)
+
+
+def load_model_config(folder: Path, *, images: bool = True) -> ModelConfig:
     """Read config.json. Raises CheckpointError for another architecture or a feature the engine lacks.
+
+    `images`: with the vision tower, if the checkpoint takes images.
 
     quantization_config is not read here but in `engine.quantization_config`."""
     raw = read_json(folder / "config.json")
@@ -95,7 +144,9 @@ def load_model_config(folder: Path) -> ModelConfig:
             "can be served; choose a DiffusionGemma checkpoint"
         )
     raw.pop("quantization_config", None)  # how weights are stored is no size of the model
-    return _model_config(_parse(raw, folder), folder)
+    parsed = _parse(raw, folder)
+    config = _model_config(parsed, folder)
+    return replace(config, vision=_vision_config(parsed, folder)) if images and takes_images(folder) else config
 
 
 def load_generation_defaults(folder: Path) -> GenerationDefaults:
@@ -208,6 +259,52 @@ def _require_supported(parsed: Any, path: Path) -> None:
             f"{path}: layer_types names {len(text.layer_types)} layers, but num_hidden_layers is "
             f"{text.num_hidden_layers}"
         )
+
+
+def _vision_config(parsed: Any, folder: Path) -> VisionConfig:
+    vision, path = parsed.vision_config, folder / "config.json"
+    required = {
+        "model_type": vision.model_type == "gemma4_vision",
+        "use_clipped_linears": not getattr(vision, "use_clipped_linears", False),
+        "attention_bias": not getattr(vision, "attention_bias", False),
+    }
+    for key, supported in required.items():
+        if not supported:
+            raise CheckpointError(
+                f"{path}: vision_config.{key} = {getattr(vision, key)!r} is not supported by this engine; "
+                "start it with --images off to serve text only"
+            )
+    if parsed.text_config.use_bidirectional_attention != "vision":
+        raise CheckpointError(
+            f"{path}: images are served only where text_config.use_bidirectional_attention is 'vision', not "
+            f"{parsed.text_config.use_bidirectional_attention!r}; start it with --images off to serve text only"
+        )
+    return VisionConfig(
+        hidden_size=vision.hidden_size,
+        intermediate_size=vision.intermediate_size,
+        layers=vision.num_hidden_layers,
+        heads=vision.num_attention_heads,
+        kv_heads=vision.num_key_value_heads,
+        head_dim=vision.head_dim,
+        patch_size=vision.patch_size,
+        pooling=vision.pooling_kernel_size,
+        positions=vision.position_embedding_size,
+        standardize=vision.standardize,
+        rms_norm_eps=vision.rms_norm_eps,
+        most_tokens=_most_tokens(folder),
+        image_id=parsed.image_token_id,
+        document=vision.to_json_string(use_diff=False),
+    )
+
+
+def _most_tokens(folder: Path) -> int:
+    """What the image processor's settings say, in the file of their own or in the one of all processors."""
+    path = next(path for name in IMAGE_PROCESSOR_FILES if (path := folder / name).is_file())
+    raw = read_json(path)
+    settings = raw.get("image_processor", raw)
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path}: image_processor must be an object, not {settings!r}; download it again")
+    return int(_number(path, settings, "max_soft_tokens", 280, minimum=1))
 
 
 def _layer_config(text: Any, index: int, path: Path) -> LayerConfig:

@@ -157,7 +157,10 @@ class Denoiser:
         plan = self._plan(canvases, caches, commits)
         flags = Flags.of(canvases)
         kind = (plan.layout, flags)
-        self._graphs.run(kind, lambda: self._pass(plan, flags))
+        if plan.images:  # too seldom to be captured: a graph would have to know which rows they stand in
+            self._pass(plan, flags)
+        else:
+            self._graphs.run(kind, lambda: self._pass(plan, flags))
         finished = self._finished[:, : len(canvases)].tolist() if canvases else ((), ())  # all that the host waits for
         plan.advance()
         self._logits, self._rows = self._outputs.get(kind), {slot: row for row, slot in enumerate(slots)}

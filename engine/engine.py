@@ -23,7 +23,7 @@ import torch
 from engine import held_canvas
 from engine.assemble import assemble, choose_kernels
 from engine.canvas import Canvas
-from engine.check_request import check_request
+from engine.check_request import check_images_of, check_request
 from engine.checkpoint import Checkpoint, plan_checkpoint, read_checkpoint
 from engine.config import GenerationDefaults
 from engine.constrain import Guide
@@ -31,6 +31,7 @@ from engine.denoise import Denoiser, Model
 from engine.device_memory import MemoryGauge
 from engine.drafts import read_draft
 from engine.formats import choose
+from engine.images import runs
 from engine.interface import (
     CanvasRequest,
     ConstraintError,
@@ -42,7 +43,9 @@ from engine.interface import (
     Request,
 )
 from engine.kv_cache import KVCache, KVPool
+from engine.model.vision import VisionTower
 from engine.options import (
+    check_images,
     check_options,
     choose_chunk,
     choose_device,
@@ -83,13 +86,16 @@ class DiffusionEngine:
         max_waiting: int,
         commit_chunk: int,
         chunk_beside: int | None = None,
+        vision: VisionTower | None = None,
     ) -> None:
         """One slot for each cache; together they must have pages for `info.context_length` positions and a canvas.
-        `commit_chunk`, `chunk_beside`: prompt tokens a pass commits, the latter where other slots denoise in it."""
+        `commit_chunk`, `chunk_beside`: prompt tokens a pass commits, the latter where other slots denoise in it.
+        `vision`: the model's own, if it takes images."""
         self._info = info
         self._chunk = commit_chunk
         self._device = torch.device(info.device)
         self._model = model
+        self._vision = vision
         self._denoiser = Denoiser(
             model,
             schedule,
@@ -117,7 +123,7 @@ class DiffusionEngine:
         anything is read, and CheckpointError for the rest."""
         started = time.monotonic()
         device, dtype, kernels = settle(options)
-        plan = plan_checkpoint(options.model, choose(options.quantize, options.quantize_dense))
+        plan = plan_checkpoint(options.model, choose(options.quantize, options.quantize_dense), images=options.images)
         require_fit(plan, options, device, dtype)
         checkpoint = read_checkpoint(plan, device, dtype, options.progress)
         engine = cls.from_checkpoint(checkpoint, options, kernels=kernels, started=started)
@@ -153,6 +159,7 @@ class DiffusionEngine:
         config, schedule = checkpoint.config, checkpoint.generation
         device, dtype = checkpoint.device, checkpoint.dtype
         chunk = choose_chunk(options.commit_chunk, device)
+        check_images(config, chunk)
         pools = choose_pools(config, checkpoint.weight_bytes, options, device, dtype, slots)
         try:
             pool = KVPool(config, pools.slots, pools.context, device, dtype, chunk=chunk, pages=pools.pages)
@@ -175,6 +182,8 @@ class DiffusionEngine:
             slots=pools.slots,
             page_length=PAGE,
             pages=pools.pages,
+            image_tokens=config.vision.most_tokens if config.vision else 0,
+            image_id=config.vision.image_id if config.vision else None,
         )
         logger.info(
             "%s: %.1f M parameters, format %s, run in %s on %s with %s kernels; %d slots, context %d, "
@@ -192,14 +201,16 @@ class DiffusionEngine:
             pools.sliding,
             info.load_seconds,
         )
+        model = assemble(config, checkpoint.tensors, pool, kernels)
         return cls(
-            assemble(config, checkpoint.tensors, pool, kernels),
+            model,
             pool.slots,
             schedule,
             info,
             max_waiting=options.max_waiting,
             commit_chunk=chunk,
             chunk_beside=chunk_beside(device, config.canvas_length, chunk),
+            vision=model.vision,
         )
 
     @torch.inference_mode()
@@ -232,6 +243,7 @@ class DiffusionEngine:
         """Queue a request. Raises RequestTooLong, QueueFull, or EngineError for a request that makes no sense."""
         self._require_open()
         check_request(request, self._info.vocab_size, self._info.canvas_length)
+        check_images_of(request, self._vision.config if self._vision else None)
         self._scheduler.submit(request)
 
     def cancel(self, request_id: str) -> None:
@@ -264,7 +276,7 @@ class DiffusionEngine:
         if self._closed:
             return
         self._closed = True
-        del self._model, self._denoiser, self._seating
+        del self._model, self._denoiser, self._seating, self._vision
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -276,6 +288,7 @@ class DiffusionEngine:
             # what a constraint leaves no choice about needs no pass
             running = [(slot, canvas) for slot, canvas in zip(ready, canvases, strict=True) if canvas.state == "open"]
             if running or chunks:
+                self._look(chunks)
                 self._denoiser.step(
                     [canvas for _, canvas in running],
                     [seats[slot.index].cache for slot, _ in running],
@@ -293,6 +306,13 @@ class DiffusionEngine:
         for slot, canvas in zip(ready, canvases, strict=True):
             if slot.reply is not None:  # its constraint did not fail
                 self._settle(slot, canvas)
+
+    def _look(self, chunks: Sequence[CommitChunk]) -> None:
+        """Have the vision tower see the images that are committed now."""
+        numbers = {run.number for chunk in chunks for run in runs(chunk.token_ids)}
+        if numbers and self._vision is not None:
+            shown = [image for slot in self._scheduler.running for image in self._requested(slot).images]
+            self._vision.look([image for image in shown if image.number in numbers])
 
     def _open_canvas(self, slot: Slot) -> Canvas:
         """The slot's canvas; a new one if its last is done."""

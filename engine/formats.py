@@ -24,7 +24,7 @@ from typing import Literal
 
 from engine.config import ModelConfig
 from engine.interface import CheckpointError, EngineError
-from engine.tensor_names import Place, tensor_table
+from engine.tensor_names import Place, tensor_table, vision_table
 
 Format = Literal["fp8", "nvfp4", "int4"]
 FORMATS: tuple[Format, ...] = ("fp8", "nvfp4", "int4")
@@ -192,7 +192,7 @@ def choose(quantize: str | None, quantize_dense: str | None) -> Choice:
 
 @dataclass(frozen=True)
 class Layout:
-    """The stored tensors of a text model, by name, and our weights that they fill, by name."""
+    """The stored tensors of a model, by name, and our weights that they fill, by name."""
 
     pieces: Mapping[str, Piece]
     weights: Mapping[str, Spec]
@@ -258,6 +258,10 @@ def layout(
                 pieces.update(_quantised(place.name, module, scheme))
         rows, rest = place.shape[0], place.shape[1:]
         sizes[place.name] = (sizes.get(place.name, (0,))[0] + rows, *rest)
+    if config.vision is not None:  # never quantised
+        for stored, place in vision_table(config.vision, config.hidden_size).items():
+            pieces[stored] = _plain(place)
+            sizes[place.name] = place.shape
     weights: dict[str, Spec] = {}
     for name, shape in sizes.items():
         scheme = found[name][1] if name in found else None

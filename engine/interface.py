@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from hashlib import sha256
 from types import MappingProxyType
 from typing import Literal, Protocol
 
@@ -116,6 +118,27 @@ class Constraint(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImagePatches:
+    """One image of a prompt, as the checkpoint's image processor cuts it up.
+
+    Its soft tokens stand at prompt positions `at` to `at + tokens`, where `prompt_ids` has the model's image id.
+    """
+
+    at: int
+    tokens: int
+    columns: int  # patches from left to right
+    rows: int  # patches from top to bottom
+    pixels: bytes  # float32 in the machine's order, [rows * columns, values of a patch], row by row
+
+    @cached_property
+    def number(self) -> int:
+        """What tells images of different content apart, wherever they stand: of 96 bits, never negative."""
+        digest = sha256(f"{self.columns} {self.rows} ".encode())
+        digest.update(self.pixels)
+        return int.from_bytes(digest.digest()[:12], "big")
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerationRequest:
     """One reply to generate. `max_tokens` counts reply tokens, the eos token included."""
 
@@ -127,6 +150,7 @@ class GenerationRequest:
     logprobs: int | None = None  # how many likeliest ids to report at each position, 0..MAX_LOGPROBS; None = nothing
     constraint: Constraint | None = None
     drafts: bool = False  # report the canvas after every pass
+    images: tuple[ImagePatches, ...] = ()  # in the order of their positions; no two of them touch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +168,11 @@ class CanvasRequest:
     sampling: Sampling
     schedule: Schedule = field(default_factory=Schedule)
     allowed: tuple[tuple[int, ...], ...] | None = None
+
+    @property
+    def images(self) -> tuple[ImagePatches, ...]:
+        """None: its prompt is text."""
+        return ()
 
     @property
     def max_tokens(self) -> int:
@@ -254,6 +283,8 @@ class EngineInfo:
     slots: int = 1  # requests at a time
     page_length: int = 64  # positions in a page of keys and values
     pages: Mapping[str, int] = field(default_factory=dict)  # by kind of layer: "full", "sliding"
+    image_tokens: int = 0  # soft tokens that one image may take; 0 = the model takes no images
+    image_id: int | None = None  # the id that stands for a soft token in a prompt; None = the model takes no images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -331,4 +362,5 @@ class EngineOptions:
     quantize: str | None = None  # fp8 | nvfp4 | int4: quantise a bf16 checkpoint while loading
     quantize_dense: str | None = None  # fp8: attention and dense MLP too, where `quantize` leaves them
     commit_chunk: int | None = None  # prompt tokens committed between two steps; None = 512, on a GPU 1024
+    images: bool = True  # load the vision tower of a checkpoint that takes images
     progress: bool = True  # show a progress bar while loading

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from engine.config import ModelConfig
+from engine.config import ModelConfig, VisionConfig
 from engine.formats import Choice, Layout, layout
 from engine.interface import CheckpointError
 from engine.pages import PAGE, pages_of_a_slot
@@ -163,7 +163,7 @@ def plan_memory(
     return MemoryPlan(
         format=name,
         weights=weights if isinstance(weights, int) else weights.weight_bytes(itemsize),
-        working=LOGITS_COPIES * logits * 4 + (GPU_BYTES if gpu else 0),
+        working=LOGITS_COPIES * logits * 4 + (GPU_BYTES if gpu else 0) + _vision_work(config.vision, itemsize),
         working_more=2 * logits * itemsize,
         full_page=page["full"],
         sliding_page=page["sliding"],
@@ -172,6 +172,16 @@ def plan_memory(
         canvas_length=canvas,
         max_context=config.max_positions,
     )
+
+
+def _vision_work(vision: VisionConfig | None, itemsize: int) -> int:
+    """Bytes that the vision tower works in: activations of one image's patches, and their attention's scores, which
+    not every device does without."""
+    if vision is None:
+        return 0
+    patches = vision.most_tokens * vision.pooling**2
+    widths = 8 * vision.hidden_size + 3 * vision.intermediate_size + vision.heads * patches
+    return patches * widths * itemsize
 
 
 def plans(config: ModelConfig, *, itemsize: int = 2, gpu: bool = True) -> tuple[MemoryPlan, ...]:

@@ -99,6 +99,21 @@ def choose_pools(
     )
 
 
+def check_images(config: ModelConfig, commit_chunk: int) -> None:
+    """Raise EngineError if an image does not fit into one pass, or into the window."""
+    vision = config.vision
+    if vision is None:
+        return
+    limits = {"commit_chunk": commit_chunk, "the sliding window": config.sliding_window - 1}
+    for name, limit in limits.items():
+        if vision.most_tokens > limit:
+            raise EngineError(
+                f"an image takes up to {vision.most_tokens} tokens, which are committed at once, and {name} is "
+                f"{limit}; raise commit_chunk, lower max_soft_tokens in the checkpoint's processor config, or serve "
+                "text only (--images off)"
+            )
+
+
 def choose_chunk(asked: int | None, device: torch.device) -> int:
     """Prompt tokens a pass commits: as asked, or what suits the device."""
     return default_chunk(device.type == "cuda") if asked is None else asked

@@ -4,14 +4,15 @@ Rows are first those of the chunks to commit, then those of the canvases. Everyt
 device as one buffer of int32, which on a GPU is the same memory for all passes of one layout: so a captured pass
 can be replayed with another plan. Knows positions and pages; no layers.
 
-Invariant: a canvas sees its slot's whole prefix, a chunk committed in the same pass included, and itself. Rows that
-only fill up (`row_align`, `buckets`) see nothing and are stored nowhere.
+Invariant: a canvas sees its slot's whole prefix, a chunk committed in the same pass included, and itself; a soft token
+sees what stands before it and all of its image, within which no chunk ends. Rows that only fill up (`row_align`,
+`buckets`) see nothing and are stored nowhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -19,10 +20,14 @@ import torch
 from torch import Tensor
 
 from engine.config import ModelConfig
+from engine.images import ImageRun, runs
 from engine.kernels.views import NOWHERE, AttentionView, Segment
 from engine.kv_cache import KINDS, KVCache
 from engine.pages import PAGE
 
+# Layers in which an image's tokens see all of it, as transformers' DiffusionGemma masks them: in all. (Its Gemma 4 does
+# so in sliding layers only.)
+SEEING_IMAGES = KINDS
 COMMIT, CANVAS = 0, 1  # a row's mode: which of a layer's two scalars it takes
 Ints = npt.NDArray[np.int32]
 
@@ -52,6 +57,7 @@ class PassPlan:
     positions: Tensor  # int32 [R]
     modes: Tensor  # int32 [R], COMMIT or CANVAS
     views: dict[str, AttentionView]  # by kind of layer
+    images: tuple[ImageRun, ...] = ()  # rows to commit that images stand in
 
     def advance(self) -> None:
         """Count the committed rows: after the pass that wrote them."""
@@ -88,7 +94,7 @@ class Planner:
         self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[tuple[int, KVCache]]
     ) -> PassPlan:
         """Plan to commit ids to some slots and to denoise the canvases (slot number, cache) of others, or of the same:
-        a slot's canvas then follows its chunk. Reserves their pages.
+        a slot's canvas then follows its chunk. Reserves their pages. The ids are those of the books, see `images`.
 
         Raises ValueError, with nothing reserved, if ids do not fit a slot's capacity.
         """
@@ -109,7 +115,7 @@ class Planner:
         at = 0
         for ids, piece in zip((ids for ids, _ in commits), pieces, strict=False):
             host.ids[at : at + piece.rows] = 0
-            host.ids[at : at + piece.count] = ids
+            host.ids[at : at + piece.count] = [max(0, each) for each in ids] if piece.images else ids
             at += piece.rows
         host.slots[:] = [slot for slot, _ in canvases]
         segments = self._fill(host, pieces)
@@ -126,18 +132,22 @@ class Planner:
                 kind: AttentionView(
                     segments=segments,
                     low=on_device[f"low {kind}"],
-                    high=on_device["high"],
+                    high=on_device[f"high {kind}"],
                     segment=on_device["segment"],
                     table=on_device[f"table {kind}"].view(layout.segments, layout.width),
                     where=on_device[f"where {kind}"],
                 )
                 for kind in KINDS
             },
+            images=_rows_of_images(pieces),
         )
 
     def _pieces(self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[KVCache]) -> list[_Piece]:
         coming = {id(cache): len(ids) for ids, cache in commits}
-        pieces = [_Piece(cache, cache.length, len(ids), self._filled(len(ids)), False) for ids, cache in commits]
+        pieces = [
+            _Piece(cache, cache.length, len(ids), self._filled(len(ids)), False, tuple(runs(ids)))
+            for ids, cache in commits
+        ]
         rows = sum(piece.rows for piece in pieces)
         if pieces and (fill := next((bucket for bucket in self._buckets if bucket >= rows), rows) - rows):
             pieces[-1].rows += fill
@@ -163,7 +173,11 @@ class Planner:
             host.positions[rows] = positions
             host.modes[whole] = CANVAS if piece.canvas else COMMIT
             host.segment[whole] = index
-            host.high[rows] = end if piece.canvas else positions + 1
+            for kind in KINDS:
+                host.high[kind][rows] = end if piece.canvas else positions + 1
+            for run in piece.images:
+                for kind in SEEING_IMAGES:
+                    host.high[kind][first + run.begin : first + run.end] = piece.start + run.end
             # a canvas position sees what the row before the canvas could see and one more: window - 1 positions
             behind = piece.start if piece.canvas else positions
             host.low["sliding"][rows] = np.maximum(behind - (self._window - 1), 0)
@@ -173,7 +187,7 @@ class Planner:
                 table[:] = -1
                 table[held.first : held.end] = held.pages
                 host.where[kind][rows] = table[positions // PAGE] * PAGE + positions % PAGE
-            segments.append(Segment(first, piece.count, uniform=piece.canvas))
+            segments.append(Segment(first, piece.count, uniform=piece.canvas, start=piece.start))
             first += piece.rows
         return tuple(segments)
 
@@ -198,6 +212,16 @@ class _Piece:
     count: int
     rows: int
     canvas: bool
+    images: tuple[ImageRun, ...] = ()
+
+
+def _rows_of_images(pieces: Sequence[_Piece]) -> tuple[ImageRun, ...]:
+    """Where images stand among the rows of a pass."""
+    found, first = [], 0
+    for piece in pieces:
+        found += [replace(run, begin=first + run.begin, end=first + run.end) for run in piece.images]
+        first += piece.rows
+    return tuple(found)
 
 
 class _Host:
@@ -206,7 +230,8 @@ class _Host:
     def __init__(self, parts: dict[str, Ints], layout: PassLayout) -> None:
         self.ids, self.slots = parts["ids"], parts["slots"]
         self.positions, self.modes = parts["positions"], parts["modes"]
-        self.segment, self.high = parts["segment"], parts["high"]
+        self.segment = parts["segment"]
+        self.high = {kind: parts[f"high {kind}"] for kind in KINDS}
         self.low = {kind: parts[f"low {kind}"] for kind in KINDS}
         self.where = {kind: parts[f"where {kind}"] for kind in KINDS}
         self.table = {kind: parts[f"table {kind}"].reshape(layout.segments, layout.width) for kind in KINDS}
@@ -218,7 +243,7 @@ class _Buffer:
 
     def __init__(self, layout: PassLayout, canvas_rows: int, device: torch.device) -> None:
         rows = layout.commit_rows + canvas_rows
-        by_row = ("positions", "modes", "segment", "high", *(f"low {kind}" for kind in KINDS))
+        by_row = ("positions", "modes", "segment", *(f"{bound} {kind}" for bound in ("low", "high") for kind in KINDS))
         sizes = dict.fromkeys(by_row, rows)
         sizes |= {f"where {kind}": rows for kind in KINDS}
         sizes |= {f"table {kind}": layout.segments * layout.width for kind in KINDS}

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from engine.images import begin_of_image, book_ids, end_of_image
 from engine.interface import (
     CanvasDone,
     CanvasDraft,
@@ -38,7 +39,7 @@ class Reply:
     request: Request
     number: int  # in the order of arrival
     room: int  # reply tokens that may still be delivered, the eos token included
-    ids: list[int] = field(default_factory=list)  # to be committed: the prompt, then all canvases but the last
+    ids: list[int] = field(default_factory=list)  # to be committed: `book_ids`, then all canvases but the last
     committed: int = 0  # of `ids`
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -81,7 +82,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class CommitChunk:
-    """Ids to append to one slot's committed prefix now."""
+    """Ids of the books to append to one slot's committed prefix now."""
 
     slot: int
     token_ids: tuple[int, ...]
@@ -110,11 +111,18 @@ class Totals:
 
 def _size(reply: Reply, budget: int, *, alone: bool) -> int:
     """How much of a prompt to commit: all, or up to the end of a page, or if no page ends within `budget` that much
-    where no other prompt is committed."""
+    where no other prompt is committed. An image is committed whole, beyond `budget` if it stands first and alone: its
+    tokens see each other."""
     if reply.pending <= budget:
         return reply.pending
     whole = (reply.committed + budget) // PAGE * PAGE - reply.committed
-    return whole if whole > 0 else budget * alone
+    size = whole if whole > 0 else budget * alone
+    if not size:
+        return 0
+    end = begin_of_image(reply.ids, reply.committed + size)
+    if end <= reply.committed < reply.committed + size:
+        end = end_of_image(reply.ids, reply.committed + size) if alone else reply.committed
+    return end - reply.committed
 
 
 class Scheduler:
@@ -164,7 +172,7 @@ class Scheduler:
                 request=request,
                 number=self._arrived,
                 room=min(request.max_tokens, self._context_length - len(request.prompt_ids)),
-                ids=list(request.prompt_ids),
+                ids=book_ids(request),
             )
         )
         self._arrived += 1

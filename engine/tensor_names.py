@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engine.config import LayerConfig, ModelConfig
+from engine.config import LayerConfig, ModelConfig, VisionConfig
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,43 @@ def tensor_table(config: ModelConfig) -> dict[str, Place]:
         table.update(_attention_table(source + "self_attn.", ours, config, layer))
         table.update(_mlp_table(source + "mlp.", ours, hidden, width))
         table.update(_expert_table(source, ours, config))
+    return table
+
+
+VISION = "model.encoder.vision_tower."
+PROJECTION = "model.encoder.embed_vision.embedding_projection.weight"
+
+
+def vision_table(vision: VisionConfig, hidden_size: int) -> dict[str, Place]:
+    """The same for the vision tower and the projection of what it finds to the text model's `hidden_size`.
+
+    Ours: vision.projection and, under vision.tower., transformers' own names, because the tower is transformers' own.
+    """
+    hidden, width, heads = vision.hidden_size, vision.intermediate_size, vision.heads * vision.head_dim
+    kv_heads = vision.kv_heads * vision.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "patch_embedder.input_proj.weight": (hidden, 3 * vision.patch_size**2),
+        "patch_embedder.position_embedding_table": (2, vision.positions, hidden),
+    }
+    if vision.standardize:
+        shapes |= {"std_bias": (hidden,), "std_scale": (hidden,)}
+    for index in range(vision.layers):
+        layer = f"encoder.layers.{index}."
+        for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            shapes[f"{layer}{norm}_layernorm.weight"] = (hidden,)
+        shapes |= {
+            f"{layer}self_attn.q_proj.linear.weight": (heads, hidden),
+            f"{layer}self_attn.k_proj.linear.weight": (kv_heads, hidden),
+            f"{layer}self_attn.v_proj.linear.weight": (kv_heads, hidden),
+            f"{layer}self_attn.o_proj.linear.weight": (hidden, heads),
+            f"{layer}self_attn.q_norm.weight": (vision.head_dim,),
+            f"{layer}self_attn.k_norm.weight": (vision.head_dim,),
+            f"{layer}mlp.gate_proj.linear.weight": (width, hidden),
+            f"{layer}mlp.up_proj.linear.weight": (width, hidden),
+            f"{layer}mlp.down_proj.linear.weight": (hidden, width),
+        }
+    table = {VISION + name: Place(f"vision.tower.{name}", 0, shape) for name, shape in shapes.items()}
+    table[PROJECTION] = Place("vision.projection", 0, (hidden_size, hidden))
     return table
 
 

@@ -221,8 +221,10 @@ async def _complete(service: ChatService, asked: Asked) -> dict[str, Any]:
 
 
 def _card(service: ChatService, name: str) -> dict[str, Any]:
-    length = service.bridge.info.context_length
-    return openai_chat.model_card(name, created=service.loaded_at, context_length=length)
+    info = service.bridge.info
+    return openai_chat.model_card(
+        name, created=service.loaded_at, context_length=info.context_length, images=info.image_tokens > 0
+    )
 
 
 def _seconds_left(request: Request, settings: AppSettings) -> float | None:

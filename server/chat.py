@@ -31,6 +31,7 @@ from server.drafts import Drafts
 from server.errors import ApiError
 from server.exchange import ChatTask, ChoiceDone, Delta, Draft, FinishReason, ReplyDone, StreamItem, ToolCall
 from server.grammar import held, needs_grammar
+from server.images import ImageReader, Patches, read_images
 from server.likelihoods import Likelihoods
 from server.output_parser import OutputParser, Parsed, StopStrings
 from server.prompt import Marker, Prompt, PromptRenderer, PromptTooLong
@@ -45,11 +46,15 @@ _RANDOM_SEED_BITS = 53
 class ChatService:
     """Answers chat tasks with one engine and one tokenizer. The first model name is the primary one."""
 
-    def __init__(self, bridge: Bridge, prompts: PromptRenderer, model_names: Sequence[str]) -> None:
+    def __init__(
+        self, bridge: Bridge, prompts: PromptRenderer, model_names: Sequence[str], images: ImageReader | None = None
+    ) -> None:
+        """`images`: None for a model that takes none."""
         if not model_names:
             raise ValueError("a chat service needs at least one model name")
         self.bridge = bridge
         self.prompts = prompts
+        self._images = images
         info = bridge.info
         self._structures = Structures(prompts, vocab_size=info.vocab_size, eos_ids=info.eos_ids)
         self.model_names = tuple(dict.fromkeys(model_names))
@@ -111,10 +116,14 @@ class ChatService:
             if task.prompts:
                 return [self.prompts.raw(prompt, most) for prompt in task.prompts]
             tools = tool_schema.for_template(task.tools)
-            written = self._calls.recall(task.messages)
-            return [self.prompts.render(task.messages, tools, task.template_options, most, calls=written)]
+            written, images, options = self._calls.recall(task.messages), self.read_images(task), task.template_options
+            return [self.prompts.render(task.messages, tools, options, most, calls=written, images=images)]
         except PromptTooLong as error:
             raise self._too_long(task, error.tokens, most, exact=False) from error
+
+    def read_images(self, task: ChatTask) -> list[Patches]:
+        """The images of a task's messages. Raises ApiError (400)."""
+        return read_images(self._images, task.messages, self.bridge.info.context_length)
 
     def _constraints(self, task: ChatTask, prompts: Sequence[Prompt]) -> list[Constraint | None]:
         """One for each choice of each prompt: each stands somewhere else in its reply."""
@@ -135,6 +144,7 @@ class ChatService:
                 schedule=task.schedule,
                 logprobs=task.logprobs,
                 drafts=task.drafts,
+                images=prompt.images,
             )
             for index in range(task.choices)
         ]

@@ -171,6 +171,9 @@ class EngineSettings(_Section):
         description="fp8: with quantize, take attention and the dense MLP to 8 bit too (quantize fp8 always does).",
         examples=["fp8"],
     )
+    images: Literal["auto", "off"] = Field(
+        "auto", description="auto (load the vision tower of a model that takes images) or off (text only)."
+    )
     max_waiting: int = Field(64, ge=1, description="Requests that may wait for their turn before more are turned away.")
 
     def options(self, *, progress: bool) -> EngineOptions:
@@ -186,6 +189,7 @@ class EngineSettings(_Section):
             quantize=self.quantize,
             quantize_dense=self.quantize_dense,
             max_waiting=self.max_waiting,
+            images=self.images == "auto",
             progress=progress,
         )
 

@@ -32,9 +32,10 @@ class Structure:
 class ChatTask:
     """One request for text, checked and free of wire detail.
 
-    `messages` are plain dicts in the form chat templates read: `content` is always a string, tool-call arguments
-    are objects, a tool result carries the name of its tool. `tools` are in OpenAI's form, with the schemas as the
-    client wrote them. Instead of messages there may be `prompts`, text or token ids that no template touches.
+    `messages` are plain dicts in the form chat templates read: `content` is a string (where there are images, what
+    `server.images.shown` makes of them), tool-call arguments are objects, a tool result carries the name of its tool.
+    `tools` are in OpenAI's form, with the schemas as the client wrote them. Instead of messages there may be `prompts`,
+    text or token ids that no template touches.
     `None` in an option means "not asked for".
     """
 

@@ -30,7 +30,8 @@ from server.bridge import Bridge
 from server.chat import ChatService
 from server.config import DEMO_CHECKPOINT, ServerSettings, Settings, SettingsError, easel_version
 from server.connections import HEAD_BYTES, Connection
-from server.prompt import PromptRenderer
+from server.images import ImageReader
+from server.prompt import IMAGE, IMAGE_CLOSE, IMAGE_OPEN, PromptRenderer
 
 if TYPE_CHECKING:
     from server.tracing import Tracing
@@ -56,7 +57,7 @@ def serve(settings: Settings) -> None:
                 server.should_exit = True
 
         bridge = _bridge(settings, stop, tracing)
-        service = ChatService(bridge, renderer(bridge.info), model_names(settings))
+        service = chat_service(bridge, model_names(settings))
         bridge.start()
         try:
             server = uvicorn.Server(_uvicorn_config(service, settings, keys, tracing))
@@ -98,7 +99,7 @@ def checked_keys(server: ServerSettings) -> tuple[str, ...]:
 def own_server(settings: Settings) -> Iterator[str]:
     """A server of our own on a free loopback port, in a thread: the chat is a client like any other."""
     with closing(bind("127.0.0.1", 0)) as listener, _bridge(settings) as bridge:
-        service = ChatService(bridge, renderer(bridge.info), model_names(settings))
+        service = chat_service(bridge, model_names(settings))
         listener.listen()
         server = uvicorn.Server(_uvicorn_config(service, settings, settings.server.keys()))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, name="server", daemon=True)
@@ -108,6 +109,19 @@ def own_server(settings: Settings) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join()
+
+
+def chat_service(bridge: Bridge, names: tuple[str, ...]) -> ChatService:
+    """Everything a chat needs, of the engine's checkpoint. Raises CheckpointError."""
+    info, prompts = bridge.info, renderer(bridge.info)
+    if info.image_id is not None:
+        known = [prompts.control.ids.get(name) for name in (IMAGE_OPEN, IMAGE, IMAGE_CLOSE)]
+        if None in known or known[1] != info.image_id:
+            raise CheckpointError(
+                f"config.json of {info.model_path} has image_token_id {info.image_id}, but its tokenizer has "
+                f"{known[1]} for {IMAGE}; serve text only with --images off"
+            )
+    return ChatService(bridge, prompts, names, ImageReader.for_engine(info))
 
 
 def renderer(info: EngineInfo) -> PromptRenderer:
@@ -222,9 +236,12 @@ def _start_screen(settings: Settings, service: ChatService, address: str, keys: 
         + f", of {info.page_length} tokens each",
         "context": f"{info.context_length} tokens, canvases of {info.canvas_length}; "
         + (f"{info.slots} requests at a time" if info.slots > 1 else "one request at a time"),
+        "images": f"yes, {info.image_tokens} tokens each at most",
         "access": asked_for,
         "address": f"{address} (OpenAI base URL: {address}/v1)",
     }
+    if not info.image_tokens:
+        del lines["images"]
     console = Console(highlight=False)
     console.print(f"\n[bold]easel {easel_version()}[/] is ready; the model took {info.load_seconds:.1f} s to load\n")
     for title, text in lines.items():

@@ -23,11 +23,14 @@ from typing import Any, Literal, Protocol
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 
+from engine import ImagePatches
 from server.call_memory import Written, with_written_calls
 from server.errors import invalid
+from server.images import Patches, without_data
 
 OpensIn = Literal["content", "channel", "reasoning"]
 
+IMAGE_OPEN, IMAGE, IMAGE_CLOSE = "<|image>", "<|image|>", "<image|>"
 CHANNEL_OPEN = "<|channel>"
 CHANNEL_CLOSE = "<channel|>"
 TURN_OPEN = "<|turn>"
@@ -75,6 +78,7 @@ class Prompt:
 
     ids: tuple[int, ...]
     opens_in: OpensIn
+    images: tuple[ImagePatches, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,7 @@ class PromptRenderer:
         most: int | None = None,
         *,
         calls: Sequence[tuple[int, ...] | None] = (),
+        images: Sequence[Patches] = (),
     ) -> Prompt:
         """Messages, tools and template options to ids. Raises ApiError (400) when the template cannot render them.
 
@@ -165,17 +170,26 @@ class PromptRenderer:
 
         `most`: tokens that would be taken. PromptTooLong is raised where it is certain before tokenising that there
         are more; a few megabytes take seconds to tokenise.
+
+        `images`: those of the messages, in order; each stands where the template puts the image token.
         """
         ids: list[int] = []
         pieces = list(self._rendered(messages, tools, options or {}))
-        self._bound(sum(len(piece) for piece, _ in pieces), most)
+        self._bound(sum(len(piece) for piece, _ in pieces), most, sum(image.tokens for image in images))
+        if images and sum(piece == (IMAGE, True) for piece in pieces) != len(images):
+            raise invalid("The model's chat template does not show every image of these messages", param="messages")
+        left, placed = iter(images), list[ImagePatches]()
         for piece in with_written_calls(pieces, calls):
             if isinstance(piece, Written):
                 ids += piece.ids
+            elif piece == (IMAGE, True) and (image := next(left, None)) is not None:
+                placed.append(ImagePatches(at=len(ids) + 1, **vars(image)))
+                soft = [self.control.ids[IMAGE]] * image.tokens
+                ids += [self.control.ids[IMAGE_OPEN], *soft, self.control.ids[IMAGE_CLOSE]]
             else:
                 text, is_control = piece
                 ids += [self.control.ids[text]] if is_control else self.encode(text)
-        return Prompt(tuple(ids), self._opens_in(ids))
+        return Prompt(tuple(ids), self._opens_in(ids), tuple(placed))
 
     def text(
         self,
@@ -195,7 +209,7 @@ class PromptRenderer:
                 raise invalid(f"'{name}' cannot be set by a request", param=f"chat_template_kwargs.{name}")
         if self._text_apart:
             messages = _text_before_calls(messages)
-        request = {"messages": list(messages), "tools": list(tools), "options": dict(options)}
+        request = {"messages": without_data(messages), "tools": list(tools), "options": dict(options)}
         try:
             guard, restore = self._stand_ins(request)
             guarded = _map_strings(request, lambda text: text.translate(guard))
@@ -213,8 +227,8 @@ class PromptRenderer:
         for piece, is_control in self.control.split(text):
             yield (piece, True) if is_control else (piece.translate(restore), False)
 
-    def _bound(self, characters: int, most: int | None) -> None:
-        at_least = characters // self.longest
+    def _bound(self, characters: int, most: int | None, more: int = 0) -> None:
+        at_least = characters // self.longest + more
         if most is not None and at_least > most:
             raise PromptTooLong(at_least)
 

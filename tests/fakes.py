@@ -48,6 +48,8 @@ CONTROL = {
     "<tool_response|>": 51,
     '<|"|>': 52,
     "<|image|>": 55,
+    "<|image>": 56,
+    "<image|>": 57,
     "<|think|>": 98,
     "<|channel>": 100,
     "<channel|>": 101,
@@ -210,6 +212,7 @@ class FakeEngine:
     scripts: Callable[[GenerationRequest], Script] | Sequence[Script]
     context_length: int = 4096
     max_waiting: int = 64
+    image_tokens: int = 0
     requests: list[GenerationRequest] = field(default_factory=list)
     canvases: list[CanvasRequest] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -240,6 +243,8 @@ class FakeEngine:
             weight_bytes=0,
             kv_bytes=0,
             load_seconds=0.0,
+            image_tokens=self.image_tokens,
+            image_id=CONTROL["<|image|>"] if self.image_tokens else None,
         )
 
     @property

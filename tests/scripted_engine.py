@@ -52,6 +52,7 @@ class Plan:
         canvas_length: int,
     ) -> None:
         self.commits, self.canvases = commits, canvases
+        self.images = ()
         for ids, cache in commits:
             cache.reserve(len(ids))
         for _, cache in canvases:

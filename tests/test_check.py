@@ -116,9 +116,9 @@ def test_table_of_formats_and_cards() -> None:
     assert title == "Title"
     assert cards.split() == ["weights", *(word for size in (12, 16, 24, 32, 48, 96, 128) for word in (str(size), "GB"))]
     cells = {row[:16].strip(): row[16:].split() for row in rows}
-    assert cells["bf16"] == ["50.50", "GB", "-", "-", "-", "-", "-", "256k", "256k"]
-    assert cells["fp8"][:6] == ["26.09", "GB", "-", "-", "-", cells["fp8"][5]] and cells["fp8"][5].endswith("k")
-    assert cells["nvfp4"][:4] == ["17.74", "GB", "-", "-"] and cells["nvfp4"][5:] == ["256k"] * 4
+    assert cells["bf16"] == ["51.65", "GB", "-", "-", "-", "-", "-", "256k", "256k"]
+    assert cells["fp8"][:6] == ["27.23", "GB", "-", "-", "-", cells["fp8"][5]] and cells["fp8"][5].endswith("k")
+    assert cells["nvfp4"][:4] == ["18.88", "GB", "-", "-"] and cells["nvfp4"][5:] == ["256k"] * 4
     assert cells.keys() == {"bf16", "fp8", *FOUR_BIT}
 
 

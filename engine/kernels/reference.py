@@ -11,7 +11,7 @@ Shapes: R rows, M hidden, H heads, K kv heads, D head dim, E experts, A active e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels.reference_output import Draw, Reading, read_logits, soft_embedding
-from engine.kernels.views import AttentionView
+from engine.kernels.views import AttentionView, Segment
 from engine.kernels.weights import Weight, dense, expert, shape
 from engine.pages import PAGE
 
@@ -84,14 +84,32 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView
         if segment.uniform:
             out[rows] = _uniform(queries[rows], keys, values, table, int(view.low[rows][0]), int(view.high[rows][0]))
             continue
-        end = segment.first + segment.count
-        row, position = segment.first, int(view.high[segment.first]) - 1
-        while row < end:
-            count = min(end - row, PAGE - position % PAGE)
-            low = int(view.low[row + count - 1])
-            out[row : row + count] = _causal(queries[row : row + count], keys, values, table, position, low)
-            row, position = row + count, position + count
+        position = segment.start
+        for count, high in _page_by_page(segment, view.high[rows].tolist()):
+            part = slice(segment.first + position - segment.start, segment.first + position - segment.start + count)
+            low = int(view.low[part][-1])
+            out[part] = _causal(queries[part], keys, values, table, position, low, high)
+            position += count
     return out.flatten(1)
+
+
+def _page_by_page(segment: Segment, high: list[int]) -> Iterator[tuple[int, int | None]]:
+    """A commit's rows in runs that end with a page or where an image begins or ends: their number, and what an image's
+    rows see up to; None for text. An image's last row sees what it would as text, and is taken so."""
+    begin = 0
+    while begin < segment.count:
+        position = segment.start + begin
+        image = high[begin] > position + 1
+        end = begin
+        while end < segment.count and (
+            high[end] == high[begin] and high[end] > segment.start + end + 1
+            if image
+            else high[end] == segment.start + end + 1
+        ):
+            end += 1
+        count = min(end - begin, PAGE - position % PAGE)
+        yield count, high[begin] if image else None
+        begin += count
 
 
 def _uniform(queries: Tensor, keys: Tensor, values: Tensor, table: Tensor, low: int, high: int) -> Tensor:
@@ -107,19 +125,23 @@ def _uniform(queries: Tensor, keys: Tensor, values: Tensor, table: Tensor, low: 
     return seen.reshape(queries.shape[1], queries.shape[0], -1).transpose(0, 1)
 
 
-def _causal(queries: Tensor, keys: Tensor, values: Tensor, table: Tensor, position: int, low: int) -> Tensor:
-    """Attention of the rows [n, H, D] from a position on, all of one page; `low` of the last of them."""
+def _causal(
+    queries: Tensor, keys: Tensor, values: Tensor, table: Tensor, position: int, low: int, high: int | None
+) -> Tensor:
+    """Attention of the rows [n, H, D] from a position on, all of one page; `low` of the last of them. `high`: up to
+    where rows of an image see; None = each up to itself."""
     count, number = queries.shape[0], position // PAGE
     reach = position + count - 1 - low if low else position + count  # positions behind a row that it sees
     first = max(0, number * PAGE - reach) // PAGE
-    pages = table[first : number + 1].clamp(min=0).long()  # one that is not held any more is seen by none of the rows
+    behind = number + 1 if high is None else -(-high // PAGE)
+    pages = table[first:behind].clamp(min=0).long()  # one that is not held any more is seen by none of the rows
     seen_keys, seen_values = (stored[pages].flatten(0, 1).transpose(0, 1)[None] for stored in (keys, values))
     company = queries.new_zeros(PAGE, *queries.shape[1:])
     offset = position % PAGE
     company[offset : offset + count] = queries
     rows = torch.arange(number * PAGE, (number + 1) * PAGE, device=queries.device)[:, None]
-    seen = torch.arange(first * PAGE, (number + 1) * PAGE, device=queries.device)
-    mask = (seen <= rows) & (seen >= rows - reach)
+    seen = torch.arange(first * PAGE, behind * PAGE, device=queries.device)
+    mask = ((seen <= rows) if high is None else (seen < high)) & (seen >= rows - reach)
     attended = F.scaled_dot_product_attention(
         company.transpose(0, 1)[None], seen_keys, seen_values, attn_mask=mask, scale=1.0, enable_gqa=True
     )

@@ -17,11 +17,16 @@ NOWHERE = -1  # `where` of a row that only fills up
 
 @dataclass(frozen=True)
 class Segment:
-    """Consecutive rows of one slot. `uniform`: they all see the same positions (a canvas)."""
+    """Consecutive rows of one slot, from position `start` on. `uniform`: they all see the same positions (a canvas).
+
+    Otherwise a row sees what lies before it and itself, and a soft token of an image all of that: `high` of consecutive
+    rows that is the same, and not the position behind each.
+    """
 
     first: int
     count: int
     uniform: bool
+    start: int
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from engine.kernels.reference_output import Draw, Reading
 from engine.kernels.weights import Weight, plain
 from engine.kv_cache import KVCache, KVPool
 from engine.model.layers import Layer, Rope
+from engine.model.vision import VisionTower
 from engine.plan import PassPlan, Planner
 
 
@@ -57,6 +58,7 @@ class DiffusionGemma:
         ]
         # the weight of the norm that follows each layer
         self._next_norms = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
+        self.vision = VisionTower(config.vision, weights) if config.vision else None
         self._ropes = {key: Rope(*key, self.device, self.dtype) for key in map(_rope_key, config.layers)}
 
     @property
@@ -87,7 +89,7 @@ class DiffusionGemma:
         neither softcapped nor divided by a temperature: `read` does that. The next pass overwrites them. The caches
         advance by `plan.advance()`.
         """
-        rows = [self.embed(plan.ids)] if plan.layout.commit_rows else []
+        rows = [self._embed_commits(plan)] if plan.layout.commit_rows else []
         if canvas is not None:
             rows.append(self._filled(self._self_condition(self.embed(canvas), soft)))
         hidden = self._stack(torch.cat(rows) if len(rows) > 1 else rows[0], plan)
@@ -157,6 +159,15 @@ class DiffusionGemma:
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings of ids int [...], scaled: [..., M]."""
         return F.embedding(ids, self._embedding) * self._embedding_scale
+
+    def _embed_commits(self, plan: PassPlan) -> Tensor:
+        """Embeddings [T, M] of what the plan commits: of ids, and where images stand, of their soft tokens."""
+        x = self.embed(plan.ids)
+        for run in plan.images:
+            assert self.vision is not None, "a model without a tower is given no images"
+            found = self.vision.embeddings(run.number)[run.offset : run.offset + run.end - run.begin]
+            x[run.begin : run.end] = found.to(x.dtype)
+        return x
 
     def _self_condition(self, x: Tensor, soft: Tensor | None) -> Tensor:
         """x, soft [n, C, M] -> [n, C, M]. The outer norm applies on the first step too; of zeros the MLP is zero."""

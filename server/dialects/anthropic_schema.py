@@ -2,7 +2,7 @@
 
 Knows Anthropic's messages, parts and tools, nothing of replies. Cache hints, metadata, betas and a thinking budget
 change nothing in the text and are dropped; what would change it and is not built is refused by name.
-Invariant: every part of the history that has text reaches the template.
+Invariant: every part of the history that has text or an image reaches the template.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.dialects.history import Content as Shown
 from server.dialects.history import History
+from server.dialects.image_parts import data_of
 from server.dialects.structure_schema import ToolChoice, read_format, read_tool_choice
 from server.exchange import ChatTask, Structure
+from server.images import image_part, misplaced, shown
 from server.schema import (
     BRANCH,
     OPEN,
@@ -37,7 +40,7 @@ _UNSUPPORTED: Mapping[str, MeansOff] = {
     "container": off(),
     "logprobs": off(False),
 }
-_KNOWN = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
+_KNOWN = ("text", "image", "thinking", "redacted_thinking", "tool_use", "tool_result")
 
 
 class _Part(BaseModel):
@@ -49,6 +52,18 @@ class TextPart(_Part):
 
     type: Literal["text"]
     text: str
+
+
+class ImagePart(_Part):
+    """An image."""
+
+    type: Literal["image"]
+    source: Any = None
+
+    @model_validator(mode="after")
+    def _check_source(self) -> ImagePart:
+        data_of(self.source)
+        return self
 
 
 class ThinkingPart(_Part):
@@ -89,7 +104,9 @@ class OtherPart(_Part):
 
     @model_validator(mode="after")
     def _refuse(self) -> OtherPart:
-        raise refuse(f"content part of type {self.type[:40]}", "is not supported yet: this server reads text only")
+        raise refuse(
+            f"content part of type {self.type[:40]}", "is not supported yet: this server reads text and images only"
+        )
 
 
 def _part_kind(value: Any) -> str | None:
@@ -105,6 +122,7 @@ def _content_kind(value: Any) -> str | None:
 
 Part = Annotated[
     Annotated[TextPart, Tag("~text")]
+    | Annotated[ImagePart, Tag("~image")]
     | Annotated[ThinkingPart, Tag("~thinking")]
     | Annotated[DroppedPart, Tag("~redacted_thinking")]
     | Annotated[ToolUsePart, Tag("~tool_use")]
@@ -285,32 +303,55 @@ def _tool(tool: AnthropicTool) -> Json:
 def _history(system: Content | None, messages: list[AnthropicMessage]) -> tuple[Json, ...]:
     history = History()
     if system:
-        history.say("system", _text(system))
-    for message in messages:
-        content = message.content
+        history.say("system", _text(system, "system"))
+    for index, message in enumerate(messages):
+        content, param = message.content, f"messages[{index}].content"
         parts: list[Part] = [TextPart(type="text", text=content)] if isinstance(content, str) else content
         if message.role == "assistant":
-            _answer(history, parts)
+            _answer(history, parts, param)
             continue
-        for part in parts:
+        for place, part in enumerate(parts):
             if isinstance(part, ToolResultPart):
-                text = _text(part.content or "")
-                history.result(part.tool_use_id, f"Error: {text}" if part.is_error else text)
-        text = _text(parts)
-        if text or not any(isinstance(part, ToolResultPart) for part in parts):
-            history.say(message.role, text)
+                history.result(part.tool_use_id, _result(part, f"{param}[{place}].content"))
+        said = _text(parts, param) if message.role == "system" else _content(parts, param)
+        if said or not any(isinstance(part, ToolResultPart) for part in parts):
+            history.say(message.role, said)
     return tuple(history.messages)
 
 
-def _answer(history: History, parts: list[Part]) -> None:
+def _answer(history: History, parts: list[Part], param: str) -> None:
     thoughts = "\n".join(part.thinking for part in parts if isinstance(part, ThinkingPart))
-    history.answer(_text(parts), reasoning=thoughts)
+    history.answer(_text(parts, param), reasoning=thoughts)
     for part in parts:
         if isinstance(part, ToolUsePart):
             history.call(part.id, part.name, part.input)
 
 
-def _text(content: Content) -> str:
+def _result(part: ToolResultPart, param: str) -> Shown:
+    content = _content(part.content or "", param)
+    if not part.is_error:
+        return content
+    if isinstance(content, str):
+        return f"Error: {content}"
+    return [{"type": "text", "text": "Error:"}, *content]
+
+
+def _content(content: Content, param: str) -> Shown:
+    """Text and images in their order; whatever else there is, is not for the template's content."""
     if isinstance(content, str):
         return content
-    return "\n".join(part.text for part in content if isinstance(part, TextPart))
+    parts: list[Mapping[str, Any]] = []
+    for index, part in enumerate(content):
+        if isinstance(part, TextPart):
+            parts.append({"type": "text", "text": part.text})
+        elif isinstance(part, ImagePart):
+            parts.append(image_part(data_of(part.source), f"{param}[{index}]"))
+    return shown(parts)
+
+
+def _text(content: Content, param: str) -> str:
+    """The text where there are no images. Raises ApiError (400)."""
+    text = _content(content, param)
+    if isinstance(text, str):
+        return text
+    raise misplaced(text)

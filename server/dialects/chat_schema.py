@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
+from server.dialects.image_parts import url_of
 from server.dialects.structure_schema import ResponseFormatFields, ToolChoice, read_tool_choice
 from server.schema import (
     OPEN,
@@ -26,21 +27,32 @@ from server.schema import (
 )
 
 
-class TextPart(BaseModel):
-    """One part of a message's content. Only text parts (and a refusal the model once gave) are text."""
+class ContentPart(BaseModel):
+    """One part of a message's content: text (a refusal the model once gave is text) or an image."""
 
     model_config = OPEN
     type: str
     text: str | None = None
     refusal: str | None = None
+    image_url: Any = None
 
     @model_validator(mode="after")
-    def _only_text(self) -> TextPart:
+    def _check_kind(self) -> ContentPart:
+        if self.type == "image_url":
+            url_of(self.image_url)
+            return self
         if self.type not in ("text", "refusal"):
-            raise refuse(f"content part of type {self.type[:40]}", "is not supported yet: this server reads text only")
+            raise refuse(
+                f"content part of type {self.type[:40]}", "is not supported yet: this server reads text and images only"
+            )
         if self.as_text is None:
             raise PydanticCustomError("missing", "a content part of type '{type}' needs its text", {"type": self.type})
         return self
+
+    @property
+    def image(self) -> str | None:
+        """The address of an image, which should be a data: URL."""
+        return url_of(self.image_url) if self.type == "image_url" else None
 
     @property
     def as_text(self) -> str | None:
@@ -54,7 +66,7 @@ def _content_kind(value: Any) -> str | None:
 
 
 Content = Annotated[
-    Annotated[str, Tag("str")] | Annotated[list[TextPart], Tag("list")],
+    Annotated[str, Tag("str")] | Annotated[list[ContentPart], Tag("list")],
     Discriminator(
         _content_kind,
         custom_error_type="content_type",

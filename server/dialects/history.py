@@ -1,16 +1,18 @@
 """A conversation as chat templates read it, built up from whatever form a client keeps it in.
 
-Templates want string content, argument objects, and a tool result that carries the name of its tool. Knows no wire
-format. Invariant: a turn of the assistant is one message, however many items it came as.
+Templates want string content (a list of parts where there are images), argument objects, and a tool result that
+carries the name of its tool. Knows no wire format.
+Invariant: a turn of the assistant is one message, however many items it came as.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 Json = dict[str, Any]
+Content = str | list[Mapping[str, Any]]  # as `server.images.shown` makes it
 
 
 class History:
@@ -23,9 +25,9 @@ class History:
             for call in message.get("tool_calls", []):
                 self._names[call.get("id", "")] = call["function"]["name"]
 
-    def say(self, role: str, text: str, name: str | None = None) -> None:
+    def say(self, role: str, content: Content, name: str | None = None) -> None:
         """A message of any role but the assistant's and a tool's."""
-        self.messages.append({"role": role, "content": text, **({"name": name} if name else {})})
+        self.messages.append({"role": role, "content": content, **({"name": name} if name else {})})
 
     def answer(self, text: str, *, reasoning: str = "", name: str | None = None) -> None:
         """A reply of the assistant, without the calls it made."""
@@ -55,10 +57,10 @@ class History:
         turn = self.messages[-1]
         turn["tool_calls"] = [*turn.get("tool_calls", []), made]
 
-    def result(self, call_id: str | None, text: str, name: str | None = None) -> None:
+    def result(self, call_id: str | None, content: Content, name: str | None = None) -> None:
         """What a tool answered."""
         known = self._names.get(call_id or "") or name or self._unanswered() or "unknown"
-        message: Json = {"role": "tool", "content": text, "name": known}
+        message: Json = {"role": "tool", "content": content, "name": known}
         if call_id:
             message["tool_call_id"] = call_id
         self.messages.append(message)

@@ -18,6 +18,7 @@ from server.dialects.chat_schema import (
     Content,
     Message,
     ToolMessage,
+    UserMessage,
     parse_chat_request,
 )
 from server.dialects.history import History
@@ -33,6 +34,7 @@ from server.exchange import (
     ReplyDone,
     ToolCall,
 )
+from server.images import image_part, misplaced, shown
 from server.replies import Folded, FoldedChoice, Reply
 from server.sse import Framing
 
@@ -157,7 +159,7 @@ def _draft(draft: Draft) -> Json:
     }
 
 
-def model_card(name: str, *, created: int, context_length: int) -> Json:
+def model_card(name: str, *, created: int, context_length: int, images: bool) -> Json:
     """One entry of the model list. `max_model_len` is what other servers call the context length."""
     return {
         "id": name,
@@ -165,6 +167,7 @@ def model_card(name: str, *, created: int, context_length: int) -> Json:
         "created": created,
         "owned_by": "easel",
         "max_model_len": context_length,
+        "input_modalities": ["text", "image"] if images else ["text"],
     }
 
 
@@ -256,21 +259,39 @@ def template_options(effort: str | None, given: Mapping[str, Any] | None) -> Jso
 def template_messages(messages: Iterable[Message]) -> tuple[Json, ...]:
     """Messages as chat templates want them."""
     history = History()
-    for message in messages:
-        text = as_text(message.content)
+    for index, message in enumerate(messages):
+        param = f"messages[{index}].content"
         if isinstance(message, AssistantMessage):
+            text = as_text(message.content, param)
             history.answer(text, reasoning=message.reasoning_content or message.reasoning or "", name=message.name)
             for call in message.tool_calls or ():
                 history.call(call.id, call.function.name, call.function.arguments)
         elif isinstance(message, ToolMessage):
-            history.result(message.tool_call_id, text, message.name)
+            history.result(message.tool_call_id, as_content(message.content, param), message.name)
+        elif isinstance(message, UserMessage):
+            history.say(message.role, as_content(message.content, param), message.name)
         else:
-            history.say(message.role, text, message.name)
+            history.say(message.role, as_text(message.content, param), message.name)
     return tuple(history.messages)
 
 
-def as_text(content: Content | None) -> str:
-    """The text of a message's content: parts are paragraphs of it."""
-    if content is None or isinstance(content, str):
-        return content or ""
-    return "\n".join(part.as_text or "" for part in content)
+def as_content(content: Content, param: str) -> str | list[Mapping[str, Any]]:
+    """The content of a message, images in their places."""
+    if isinstance(content, str):
+        return content
+    return shown(
+        [
+            {"type": "text", "text": part.as_text or ""}
+            if part.image is None
+            else image_part(part.image, f"{param}[{index}]")
+            for index, part in enumerate(content)
+        ]
+    )
+
+
+def as_text(content: Content | None, param: str) -> str:
+    """The text of a message that has no images: parts are paragraphs of it. Raises ApiError (400)."""
+    text = as_content(content or "", param)
+    if isinstance(text, str):
+        return text
+    raise misplaced(text)

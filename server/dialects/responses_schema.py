@@ -12,9 +12,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from server.dialects.chat_schema import CallId, as_result
+from server.dialects.history import Content as Shown
 from server.dialects.history import History
+from server.dialects.image_parts import url_of
 from server.dialects.structure_schema import GuidedFields, ToolChoice, read_format, read_tool_choice
 from server.exchange import Structure
+from server.images import image_part, misplaced, shown
 from server.schema import (
     BRANCH,
     OPEN,
@@ -51,11 +54,16 @@ class Part(BaseModel):
     type: str
     text: str = ""
     refusal: str = ""
+    image_url: Any = None
 
     @model_validator(mode="after")
-    def _only_text(self) -> Part:
-        if self.type not in _TEXT_PARTS:
-            raise refuse(f"content part of type {self.type[:40]}", "is not supported yet: this server reads text only")
+    def _check_kind(self) -> Part:
+        if self.type == "input_image":
+            url_of(self.image_url)
+        elif self.type not in _TEXT_PARTS:
+            raise refuse(
+                f"content part of type {self.type[:40]}", "is not supported yet: this server reads text and images only"
+            )
         return self
 
 
@@ -258,17 +266,20 @@ def add_input(history: History, given: str | list[Item]) -> None:
     if isinstance(given, str):
         history.say("user", given)
         return
-    for item in given:
+    for index, item in enumerate(given):
+        param = f"input[{index}].content"
         if isinstance(item, CallItem):
             history.call(item.call_id, item.name, item.arguments)
         elif isinstance(item, ResultItem):
-            history.result(item.call_id, _text(item.output))
+            history.result(item.call_id, _content(item.output, f"input[{index}].output"))
         elif isinstance(item, ReasoningItem):
-            history.continue_answer(reasoning=_text(item.content or item.summary or []))
+            history.continue_answer(reasoning=_text(item.content or item.summary or [], param))
         elif isinstance(item, MessageItem) and item.role == "assistant":
-            history.continue_answer(text=_text(item.content))
+            history.continue_answer(text=_text(item.content, param))
+        elif isinstance(item, MessageItem) and item.role == "user":
+            history.say(item.role, _content(item.content, param))
         elif isinstance(item, MessageItem):
-            history.say(item.role, _text(item.content))
+            history.say(item.role, _text(item.content, param))
 
 
 def add_output(history: History, items: Iterable[Json]) -> None:
@@ -284,7 +295,23 @@ def add_output(history: History, items: Iterable[Json]) -> None:
             history.continue_answer(text=text)
 
 
-def _text(content: str | list[Part]) -> str:
+def _content(content: str | list[Part], param: str) -> Shown:
+    """The content of a message, images in their places."""
     if isinstance(content, str):
         return content
-    return "\n".join(part.refusal if part.type == "refusal" else part.text for part in content)
+    return shown(
+        [
+            image_part(url_of(part.image_url), f"{param}[{index}]")
+            if part.type == "input_image"
+            else {"type": "text", "text": part.refusal if part.type == "refusal" else part.text}
+            for index, part in enumerate(content)
+        ]
+    )
+
+
+def _text(content: str | list[Part], param: str) -> str:
+    """The text where there are no images. Raises ApiError (400)."""
+    text = _content(content, param)
+    if isinstance(text, str):
+        return text
+    raise misplaced(text)

@@ -111,4 +111,5 @@ def detokenize(service: ChatService, document: bytes) -> Json:
 def apply_template(service: ChatService, document: bytes) -> Json:
     """The prompt a chat would be given, as text. Raises ApiError (400)."""
     task = parse(ApplyTemplateRequest, document).task(service)
+    service.read_images(task)
     return {"prompt": service.prompts.text(task.messages, tool_schema.for_template(task.tools), task.template_options)}

@@ -42,6 +42,7 @@ class ScriptedPlan:
     def __init__(self, slots: Sequence[int]) -> None:
         self.slots = torch.tensor(slots)
         self.layout = len(slots)
+        self.images = ()
 
     def advance(self) -> None:
         pass

@@ -23,7 +23,7 @@ def view_of(starts: list[tuple[int, int, bool]], window: int | None, device: tor
     order = torch.randperm(len(starts) * width, generator=torch.Generator().manual_seed(0)).int()
     low, high, segment, segments = [], [], [], []
     for index, (start, count, canvas) in enumerate(starts):
-        segments.append(Segment(len(low), count, uniform=canvas))
+        segments.append(Segment(len(low), count, uniform=canvas, start=start))
         for row in range(count):
             behind = start if canvas else start + row
             low.append(0 if window is None else max(0, behind - window + 1))
@@ -49,6 +49,16 @@ def inputs(view: AttentionView, heads: int, kv: int, dim: int, dtype: torch.dtyp
     pages = view.table.numel()
     keys, values = (randn(pages, PAGE, kv, dim, seed=seed, device=device, dtype=dtype) for seed in (2, 3))
     return queries, keys * dim**-0.25, values
+
+
+def with_images(view: AttentionView, *places: tuple[int, int, int]) -> AttentionView:
+    """The view with images in its commits: segment, first row and last row + 1 within it. Their rows see all of them,
+    as `engine.plan` says."""
+    high = view.high.clone()
+    for index, begin, end in places:
+        segment = view.segments[index]
+        high[segment.first + begin : segment.first + end] = segment.start + end
+    return AttentionView(**{**vars(view), "high": high})
 
 
 def real_rows(view: AttentionView) -> list[int]:
@@ -77,6 +87,40 @@ def test_attention(name: str, window: int | None, device: torch.device) -> None:
     assert_near(result[rows], reference.attention(*tensors, view)[rows])
     others = [row for row in range(len(view.low)) if row not in set(rows)]
     assert (result[others] == 0).all(), "rows that fill up see nothing"
+
+
+IMAGES = {
+    "at the beginning": (SLOTS["chunk from nothing"], [(0, 0, 20)]),
+    "across a page, and the whole chunk behind": (
+        SLOTS["chunk across a page and the window"],
+        [(0, 2, 30), (0, 31, 90)],
+    ),
+    "one token": (SLOTS["chunk from nothing"], [(0, 5, 6)]),
+    "from its middle on, with canvases": (SLOTS["a chunk and two canvases"], [(0, 0, 12), (0, 13, 33)]),
+}
+
+
+@pytest.mark.parametrize("window", [None, PAGE + 2])
+@pytest.mark.parametrize("name", IMAGES)
+def test_rows_of_an_image(name: str, window: int | None, device: torch.device) -> None:
+    """Both op sets against a plain softmax over what each row sees."""
+    slots, places = IMAGES[name]
+    view = with_images(view_of(slots, window, device), *places)
+    queries, keys, values = inputs(view, 4, 2, 16, torch.float32)
+    found = {
+        "triton": attention(queries, keys, values, view),
+        "reference": reference.attention(queries, keys, values, view),
+    }
+    for row in real_rows(view):
+        pages = view.table[view.segment[row].long()].long()
+        seen = slice(int(view.low[row]), int(view.high[row]))
+        own_keys, own_values = (
+            stored[pages].flatten(0, 1)[seen].repeat_interleave(2, dim=1) for stored in (keys, values)
+        )
+        shares = torch.einsum("hd,lhd->hl", queries[row], own_keys).softmax(-1)
+        expected = torch.einsum("hl,lhd->hd", shares, own_values).flatten()
+        for result in found.values():
+            assert_near(result[row], expected, 1e-5 if device.type == "cpu" else 2e-3)
 
 
 @pytest.mark.parametrize(("heads", "kv", "dim"), [(8, 1, 32), (2, 2, 64)])
@@ -121,7 +165,7 @@ def test_extreme_inputs_stay_in_their_rows(place: str, value: float, device: tor
 
 def test_segments_must_be_aligned(device: torch.device) -> None:
     view = view_of(SLOTS["no prefix"], None, device)
-    crooked = AttentionView(**{**vars(view), "segments": (Segment(3, 5, uniform=True),)})
+    crooked = AttentionView(**{**vars(view), "segments": (Segment(3, 5, uniform=True, start=0),)})
     with pytest.raises(ValueError, match="multiples of 64"):
         attention(*inputs(view, 2, 1, 16, torch.float32), crooked)
 

@@ -84,7 +84,7 @@ def test_attention(low: int, high: int, uniform: bool) -> None:
     lows = torch.cat((low + step, torch.zeros(count, dtype=torch.int32)))
     highs = torch.cat((high + step, torch.full((count,), 70, dtype=torch.int32)))
     view = AttentionView(
-        segments=(Segment(0, count, uniform), Segment(count, count, True)),
+        segments=(Segment(0, count, uniform, start=high - 1), Segment(count, count, True, start=0)),
         low=lows,
         high=highs,
         segment=torch.tensor([0, 1], dtype=torch.int32).repeat_interleave(count),

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from engine.config import load_generation_defaults
 from engine.denoise import Denoiser
+from engine.images import book_ids
 from engine.interface import Sampling
 from engine.kernels.triton_ops import TRITON
 from engine.model.gemma4 import DiffusionGemma
 from engine.pages import PAGE
 from tests.engine.small_models import fresh_slots, load_model, random_ids, random_model, save, small_config
+from tests.engine.vision_models import image, prompt_with, save_vision, vision_model
 
 # numpy, which the interpreter computes with, warns where a GPU does not
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning")
@@ -50,6 +52,27 @@ def test_the_model_on_triton_equals_the_reference(two_layers: Path, device: torc
     result = last_pass(load_model(two_layers, device, dtype, chunk=128, ops=TRITON, buckets=BUCKETS), device)
     assert result.isfinite().all()
     assert (result - expected).float().norm() <= bound * expected.float().norm()
+
+
+def test_images_on_triton_are_those_of_the_reference(tmp_path: Path, device: torch.device) -> None:
+    """Two images and a canvas in one pass; a planner that fills rows up has them in other rows."""
+    config = {"kinds": ("sliding", "full"), "num_experts": 4}
+    folder = save_vision(vision_model(**config), tmp_path)
+    request = prompt_with(PAGE - 6, image(1), 7, image(2, columns=3, rows=6), 4)
+    dtype, bound = (torch.float32, 1e-4) if device.type == "cpu" else (torch.bfloat16, 2e-2)
+    found = []
+    for options in ({}, {"ops": TRITON, "buckets": BUCKETS}):
+        model = load_model(folder, device, dtype, chunk=128, **options)  # type: ignore[arg-type]
+        assert model.vision is not None
+        model.vision.look(request.images)
+        (cache,) = fresh_slots(model, 1)
+        plan = model.plan([(book_ids(request), cache)], [(0, cache)])
+        canvas = random_ids(model.config.canvas_length, model.config.vocab_size, 3, device)[None]
+        logits = model.forward(plan, canvas, None)
+        assert logits is not None
+        found.append(logits.clone())
+    assert found[1].isfinite().all()
+    assert (found[1] - found[0]).float().norm() <= bound * found[0].float().norm()
 
 
 @pytest.mark.gpu

@@ -212,7 +212,7 @@ def error(answer: Any, status: int, kind: str) -> str:
         ({"max_tokens": None}, "max_tokens"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "type image"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "of type base64"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
         ({"messages": [{"role": "user", "content": [5]}]}, "messages[0].content[0]"),
         ({"temperature": 1.5}, "temperature"),

@@ -61,7 +61,8 @@ def test_the_policy_allows_nothing_from_elsewhere(serve: Callable[..., Any]) -> 
         answer = client.request("GET", path, headers=BROWSER)
         rules = dict(rule.split(" ", 1) for rule in answer.headers["content-security-policy"].split("; "))
         assert rules["default-src"] == rules["frame-ancestors"] == "'none'"
-        assert {rules[name] for name in ("script-src", "style-src", "connect-src", "img-src")} == {"'self'"}
+        assert {rules[name] for name in ("script-src", "style-src", "connect-src")} == {"'self'"}
+        assert rules["img-src"] == "'self' data:"
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert answer.headers["cache-control"] == "no-cache"
 

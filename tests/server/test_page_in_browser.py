@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import shutil
 import socket
@@ -19,8 +20,10 @@ from server.access import Keys
 from server.app import AppSettings, create_app
 from server.bridge import Bridge
 from server.chat import ChatService
+from server.images import ImageReader
 from server.prompt import PromptRenderer
-from tests.fakes import FakeEngine, Script, script
+from tests.fakes import FakeEngine, Script, Template, byte_tokenizer, script
+from tests.server.test_images import WITH_IMAGES, file, processor
 
 sync_api = pytest.importorskip("playwright.sync_api")
 axe = pytest.importorskip("axe_playwright_python.sync_playwright")
@@ -208,6 +211,39 @@ def test_thoughts_are_folded_calls_are_shown_and_html_is_text(page: Any, site: C
     page.get_by_label("Result of look").fill("sun")
     page.get_by_role("button", name="Give result").click()
     said(page, "Sunny")
+
+
+def test_images_are_attached_where_the_model_takes_them(page: Any, site: Callable[..., str]) -> None:
+    page.goto(site(script("x")))
+    page.get_by_text("demo", exact=True).wait_for()
+    assert page.get_by_label("Attach images").count() == 0
+    prompts = PromptRenderer(byte_tokenizer(), Template(WITH_IMAGES))
+    engine = FakeEngine([script("A red square."), script("Still red.")], image_tokens=70)
+    with Bridge(engine) as bridge:
+        service = ChatService(bridge, prompts, ["demo"], ImageReader(processor()))
+        with listening(create_app(service, AppSettings(drain_seconds=0)), free_port()) as address:
+            page.goto(address)
+            page.get_by_label("Attach images").set_input_files(
+                [
+                    {"name": "red.png", "mimeType": "image/png", "buffer": base64.b64decode(file(1500, 1000))},
+                    {"name": "not.png", "mimeType": "image/png", "buffer": b"hello"},
+                ]
+            )
+            page.get_by_text("not.png is not an image").wait_for()
+            page.get_by_role("button", name="Remove image 1").wait_for()
+            sound(page)
+            ask(page, "What is it?")
+            said(page, "A red square.")
+            page.reload()
+            assert page.get_by_alt_text("Image 1").evaluate("each => each.naturalWidth") == 1225
+            page.get_by_role("button", name="Edit").click()
+            page.get_by_label("Edit message").fill("And now?")
+            page.get_by_role("button", name="Send again").click()
+            said(page, "Still red.")
+            sound(page)
+    first, second = engine.requests
+    assert first.images[0].number == second.images[0].number
+    assert (first.images[0].columns, first.images[0].rows) == (30, 18)
 
 
 def test_two_tabs_keep_each_others_conversations(page: Any, site: Callable[..., str]) -> None:

@@ -26,7 +26,7 @@ async function ask(path, options = {}) {
   throw new ApiFault(body.error?.message ?? `The server answered with status ${answer.status}.`, answer.status);
 }
 
-export const models = async () => (await (await ask("/v1/models")).json()).data.map((card) => card.id);
+export const models = async () => (await (await ask("/v1/models")).json()).data;
 export const stats = async () => (await ask("/stats")).json();
 export const alive = async () => Boolean(await ask("/health"));
 

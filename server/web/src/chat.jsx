@@ -1,10 +1,11 @@
 // The chat: conversations at the side, messages, and where one writes.
 import { useEffect, useRef, useState } from "preact/hooks";
 import { forgetDrafts } from "./drafts.js";
-import { Message } from "./message.jsx";
+import { KINDS, shrunk } from "./images.js";
+import { Images, Message } from "./message.jsx";
 import { Settings } from "./settings.jsx";
 import { apiKey, begin, conversation, conversations, current, full, remove } from "./store.js";
-import { connect, fault, model, running, send } from "./talk.js";
+import { connect, fault, model, running, seesImages, send } from "./talk.js";
 
 const IDEAS = ["What is 17 + 25?", "Write a story about Mia and a fox.", "Name three animals as a list."];
 
@@ -46,13 +47,17 @@ function Banner() {
 
 function Composer() {
   const [text, setText] = useState("");
+  const [images, setImages] = useState([]);
+  const [unread, setUnread] = useState("");
   const field = useRef();
   const busy = running.value !== null;
+  const empty = !text.trim() && !images.length;
   const submit = (event) => {
     event?.preventDefault();
-    if (busy || !text.trim()) return;
-    send(text);
+    if (busy || empty) return;
+    send(text, images);
     setText("");
+    setImages([]);
     field.current.style.height = "auto";
   };
   const grow = (event) => {
@@ -63,10 +68,33 @@ function Composer() {
   const key = (event) => {
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing) submit(event);
   };
+  const attach = async (files) => {
+    setUnread("");
+    for (const file of files) {
+      try {
+        const url = await shrunk(file);
+        setImages((before) => [...before, url]);
+      } catch {
+        setUnread(`${file.name} is not an image that can be read.`);
+      }
+    }
+  };
+  const picked = (event) => {
+    attach([...event.target.files]);
+    event.target.value = "";
+  };
+  const pasted = (event) => {
+    if (!seesImages.value || !event.clipboardData.files.length) return;
+    event.preventDefault();
+    attach([...event.clipboardData.files]);
+  };
   return (
     <form class="composer" onSubmit={submit}>
-      <textarea ref={field} rows="1" aria-label="Message" placeholder="Write a message" value={text} onInput={grow} onKeyDown={key} />
-      {busy ? <button type="button" class="strong" onClick={() => running.value.stop()}>Stop</button> : <button class="strong" disabled={!text.trim()}>Send</button>}
+      <Images urls={images} drop={(index) => setImages(images.filter((_, each) => each !== index))} />
+      {unread && <p class="fault" role="alert">{unread}</p>}
+      {seesImages.value && <label class="attach" title="Attach images">▣<input class="hidden" type="file" multiple accept={KINDS} aria-label="Attach images" onChange={picked} /></label>}
+      <textarea ref={field} rows="1" aria-label="Message" placeholder="Write a message" value={text} onInput={grow} onKeyDown={key} onPaste={pasted} />
+      {busy ? <button type="button" class="strong" onClick={() => running.value.stop()}>Stop</button> : <button class="strong" disabled={empty}>Send</button>}
     </form>
   );
 }

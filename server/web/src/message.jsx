@@ -38,6 +38,20 @@ function Call({ call, messages, busy }) {
   );
 }
 
+export function Images({ urls = [], drop }) {
+  if (!urls.length) return null;
+  return (
+    <ul class="images" aria-label="Images">
+      {urls.map((url, index) => (
+        <li key={index}>
+          <img src={url} alt={`Image ${index + 1}`} />
+          {drop && <button type="button" class="quiet" aria-label={`Remove image ${index + 1}`} onClick={() => drop(index)}>×</button>}
+        </li>
+      ))}
+    </ul>
+  );
+}
+
 function Asked({ message, busy }) {
   const [editing, setEditing] = useState(false);
   const field = useRef();
@@ -56,7 +70,8 @@ function Asked({ message, busy }) {
   }
   return (
     <>
-      <div class="bubble">{message.content}</div>
+      <Images urls={message.images} />
+      {message.content && <div class="bubble">{message.content}</div>}
       <div class="actions"><button class="quiet" disabled={busy} onClick={() => setEditing(true)}>Edit</button><Copy text={message.content} /></div>
     </>
   );

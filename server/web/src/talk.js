@@ -6,11 +6,14 @@ import { apiKey, begin, change, changeMessage, conversation, newId, settings } f
 
 export const running = signal(null); // { conversation, message, stop }
 export const model = signal(null);
+export const seesImages = signal(false); // the model does
 export const fault = signal(null); // "away" | "key" | null
 
 export async function connect() {
   try {
-    model.value = (await api.models())[0];
+    const [card] = await api.models();
+    model.value = card.id;
+    seesImages.value = card.input_modalities.includes("image");
     fault.value = null;
   } catch (error) {
     fault.value = error.status === 401 ? "key" : "away";
@@ -18,10 +21,11 @@ export async function connect() {
   }
 }
 
-export function send(text) {
+export function send(text, images = []) {
   const talk = conversation() ?? begin();
-  const title = talk.title || text.trim().slice(0, 60);
-  change(talk.id, { title, messages: [...talk.messages, { id: newId(), role: "user", content: text }] });
+  const title = talk.title || text.trim().slice(0, 60) || "Image";
+  const message = { id: newId(), role: "user", content: text, ...(images.length ? { images } : {}) };
+  change(talk.id, { title, messages: [...talk.messages, message] });
   return answer(talk.id);
 }
 
@@ -48,12 +52,17 @@ export function retry(messageId) {
 
 export function edit(messageId, text) {
   const talk = conversation();
-  cut(talk, talk.messages.findIndex((each) => each.id === messageId));
-  return send(text);
+  const index = talk.messages.findIndex((each) => each.id === messageId);
+  cut(talk, index);
+  return send(text, talk.messages[index].images);
 }
 
 function wire(each) {
   if (each.role === "tool") return { role: "tool", tool_call_id: each.tool_call_id, content: each.content };
+  if (each.images) {
+    const parts = each.images.map((url) => ({ type: "image_url", image_url: { url } }));
+    return { role: each.role, content: each.content ? [...parts, { type: "text", text: each.content }] : parts };
+  }
   if (each.role !== "assistant") return { role: each.role, content: each.content };
   const calls = each.calls?.map(({ id, name, arguments: given }) => ({ id, type: "function", function: { name, arguments: given } }));
   return { role: "assistant", content: each.content, ...(calls?.length ? { tool_calls: calls } : {}) };
