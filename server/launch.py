@@ -89,8 +89,8 @@ def checked_keys(server: ServerSettings) -> tuple[str, ...]:
     if keys or server.insecure or is_loopback(server.reached_as):
         return keys
     raise SettingsError(
-        f"{server.published or server.host} lets other machines in, so an API key is wanted: set EASEL_API_KEY or --api-key-file; "
-        "or --insecure to serve anybody who reaches it"
+        f"{server.published or server.host} lets other machines in, so an API key is wanted: set EASEL_API_KEY or "
+        "--api-key-file; or --insecure to serve anybody who reaches it"
     )
 
 
