@@ -165,7 +165,9 @@ class Container:
         for name, value in environment.items():
             options += ["--env", f"{name}={value}"]
         ran = buildah("run", *options, self.name, "--", *command)
-        return subprocess.Popen(ran, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            ran, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
 
     def ended(self, command: Sequence[str], **environment: str) -> tuple[int, str]:
         """The exit status of a command and what it said."""
