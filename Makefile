@@ -73,7 +73,7 @@ CLIENTS := SERVER_PYTHON=$(abspath $(BIN)/python) .venv-clients/bin/python -m py
 test-clients: $(STAMP)-test .venv-clients/.installed .venv-clients/.installed-node
 	$(CLIENTS) $(ARGS)
 
-# Takes buildah and debootstrap; what they make stays in build/image, so a second run is short.
+# Takes buildah and debootstrap; what they make stays in build/image.
 test-image: | $(BIN)/python
 	@$(BIN)/python tests/image/try_image.py $(ARGS)
 

@@ -68,16 +68,18 @@ def buildah(*arguments: str | Path) -> list[str]:
 
 
 def run(command: Sequence[str], log: str | None = None) -> str:
-    """What a command prints. With `log` it goes to that file, whose end is shown if the command fails."""
-    done = subprocess.run(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT if log else None, text=True
-    )
-    if log:
-        (KEPT / log).write_text(done.stdout, encoding="utf-8")
+    """What a command prints. With `log` it goes to that file instead, whose end is shown if the command fails."""
+    if log is None:
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        said = done.stdout
+    else:
+        with (KEPT / log).open("w", encoding="utf-8") as file:
+            done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        said = (KEPT / log).read_text(encoding="utf-8")
     if done.returncode:
-        print("\n".join(done.stdout.splitlines()[-20:]), file=sys.stderr)
+        print("\n".join(said.splitlines()[-20:]), file=sys.stderr)
         sys.exit(f"test-image: {command[0]} failed with {done.returncode}" + (f"; see {KEPT / log}" if log else ""))
-    return done.stdout
+    return said
 
 
 def make_base() -> None:
@@ -104,7 +106,7 @@ def make_base() -> None:
 def build(target: str) -> str:
     """The image of a target of the Dockerfile."""
     image = f"localhost/easel:{target}"
-    options = ["--isolation", "chroot", "--format", "docker", "--pull-never", "--layers", "--target", target]
+    options = ["--isolation", "chroot", "--format", "docker", "--pull-never", "--target", target]
     options += ["--build-arg", f"BASE_IMAGE={BASE}", "--tag", image, *pip_options()]
     run(buildah("build", *options, ROOT), "build.log")
     return image
@@ -112,7 +114,8 @@ def build(target: str) -> str:
 
 def pip_options() -> list[str]:
     """Options that take pip's configuration along, and the files and folders it names."""
-    lines, options = ["[global]"], []
+    options: list[str] = []
+    told: dict[str, str] = {}
     for line in run([sys.executable, "-m", "pip", "config", "list"]).splitlines():
         name, _, value = line.partition("=")
         words = []
@@ -124,7 +127,9 @@ def pip_options() -> list[str]:
                 options += ["--volume", f"{shown}:{HOST}{shown}:ro"]
                 word = word.replace(str(path), f"{HOST}{path}")
             words.append(word)
-        lines.append(f"{name.rpartition('.')[2]} = {' '.join(words)}")
+        # The environment's come first, and count before a file's.
+        told.setdefault(name.rpartition(".")[2], " ".join(words))
+    lines = ["[global]", *(f"{name} = {value}" for name, value in told.items())]
     (KEPT / "pip.conf").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return [*options, "--secret", f"id=pip.conf,src={KEPT / 'pip.conf'}"]
 
