@@ -2,6 +2,7 @@
 #   make serve [PORT=8123] [ARGS="--model ..."]   install if need be, start the server with the bundled demo model
 #   make test  [ARGS="-k canvas"]                 the whole test suite
 #   make test-clients                             other people's clients against the server; installs them first
+#   make test-image [ARGS="--target cuda"]        build the container image without Docker, and chat with it (as root)
 #   make fuzz  [CASES=100000]                     the fuzz tests of the suite with so many cases
 #   make check                                    ruff, ruff format, mypy --strict, import contracts, pip-audit where it can run
 #   make bench [ARGS="--requests 5"]              speed of the bundled demo model on this machine
@@ -25,10 +26,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --pro
 FAILED := { grep -v '^WARNING' $(LOG) | tail -n 15 >&2; echo "The installation failed; all of it is in $(LOG)." >&2; exit 1; }
 
 .NOTPARALLEL:
-.PHONY: help serve test test-clients fuzz check audit bench schemas web kernels clean
+.PHONY: help serve test test-clients test-image fuzz check audit bench schemas web kernels clean
 
 help:
-	@sed -n '2,10s/^#   //p' Makefile
+	@sed -n '2,11s/^#   //p' Makefile
 
 serve: $(STAMP)-run
 	@exec $(BIN)/easel serve $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -71,6 +72,10 @@ CLIENTS := SERVER_PYTHON=$(abspath $(BIN)/python) .venv-clients/bin/python -m py
 
 test-clients: $(STAMP)-test .venv-clients/.installed .venv-clients/.installed-node
 	$(CLIENTS) $(ARGS)
+
+# Takes buildah and debootstrap; what they make stays in build/image.
+test-image: | $(BIN)/python
+	@$(BIN)/python tests/image/try_image.py $(ARGS)
 
 fuzz: $(STAMP)-test
 	FUZZ_CASES=$(CASES) $(BIN)/python -m pytest --timeout 0 tests/server/test_fuzz.py tests/server/test_own_openapi.py $(ARGS)

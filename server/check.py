@@ -21,6 +21,7 @@ from engine import CARDS, EngineError, EngineOptions, MemoryPlan, Pools, memory_
 from server.address import AddressError, bind
 
 GB = 1e9
+LEAST_CAPABILITY = (8, 0)  # of a GPU that easel's kernels are compiled for
 SHORT = 1024  # positions of the context that "does not fit" is about
 _TORCH_PROBE = """
 import json, torch
@@ -64,6 +65,14 @@ class Torch:
     gpus: tuple[Gpu, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Driver:
+    """What the NVIDIA driver says: GPU name -> driver version, and what is wrong with it, if anything."""
+
+    gpus: Mapping[str, str]
+    trouble: str = ""
+
+
 def findings(host: str, port: int, options: EngineOptions) -> Iterator[Finding]:
     """Everything about this machine, and what it has for the model of `options`; slowest last."""
     yield Finding("good", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}")
@@ -77,7 +86,14 @@ def findings(host: str, port: int, options: EngineOptions) -> Iterator[Finding]:
             "problem", f"torch does not work here: {error}", "Install it anew: rm -rf .venv, then make serve."
         )
         return
-    yield from check_torch(torch, driver())
+    found = driver()
+    if found.trouble:
+        yield Finding(
+            "problem",
+            f"The NVIDIA driver does not answer: {found.trouble}",
+            "Get nvidia-smi to list the GPU first: load the driver, or restart the machine after an update of it.",
+        )
+    yield from check_torch(torch, found.gpus)
     yield from check_fit(torch.gpus)
     yield from check_pools(torch.gpus, options)
 
@@ -117,17 +133,20 @@ def probe_torch() -> Torch:
     return Torch(version=facts["version"], cuda=facts["cuda"], architectures=tuple(facts["architectures"]), gpus=gpus)
 
 
-def driver() -> Mapping[str, str]:
-    """GPU name -> driver version, as the NVIDIA driver reports them; empty without a driver or a GPU."""
+def driver() -> Driver:
+    """What nvidia-smi reports; nothing where there is none, or no GPU."""
     command = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
+    except FileNotFoundError:
+        return Driver(gpus={})
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Driver(gpus={}, trouble=str(error))
     if done.returncode != 0:
-        return {}
+        said = " ".join((done.stdout + done.stderr).split())
+        return Driver(gpus={}, trouble="" if said.startswith("No devices") else said or f"status {done.returncode}")
     rows = (line.rsplit(",", 1) for line in done.stdout.splitlines() if "," in line)
-    return {name.strip(): version.strip() for name, version in rows}
+    return Driver(gpus={name.strip(): version.strip() for name, version in rows})
 
 
 def check_torch(torch: Torch, drivers: Mapping[str, str]) -> Iterator[Finding]:
@@ -148,12 +167,19 @@ def check_torch(torch: Torch, drivers: Mapping[str, str]) -> Iterator[Finding]:
             f"Update the NVIDIA driver to one for CUDA {torch.cuda} or later, and look at CUDA_VISIBLE_DEVICES.",
         )
     elif not drivers and not torch.gpus:
-        yield Finding("note", "No NVIDIA GPU: models run on the CPU", "Fine for the demo model.")
+        advice = "Fine for the demo model. A container sees a GPU only if it is started with one, as by docker compose."
+        yield Finding("note", "No NVIDIA GPU: models run on the CPU", advice)
     for gpu in torch.gpus:
         major, minor = gpu.capability
         text = f"GPU: {gpu.name}, compute capability {major}.{minor}, driver {drivers.get(gpu.name, 'unknown')}, "
         text += f"{gpu.total / GB:.1f} GB of memory, {gpu.free / GB:.1f} GB free"
-        if runs_on(torch.architectures, gpu.capability):
+        if gpu.capability < LEAST_CAPABILITY:
+            yield Finding(
+                "problem",
+                f"{text}; its kernels need compute capability 8.0 (Ampere) or later",
+                "Use a later GPU, or the demo model on the CPU: --device cpu.",
+            )
+        elif runs_on(torch.architectures, gpu.capability):
             yield Finding("good", text)
         else:
             yield Finding(

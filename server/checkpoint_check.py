@@ -17,6 +17,7 @@ from typing import Any
 from engine import CheckpointError, MemoryPlan, memory_plans, stored_format
 from server.check import GB, Finding
 from server.config import DEMO_CHECKPOINT
+from server.disk_check import downloaded
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -33,7 +34,7 @@ def check_checkpoint(model: str) -> Iterator[Finding]:
     """Findings about a folder, or about a hub id's downloaded copy."""
     folder = Path(model)
     if not folder.is_dir():
-        cached = _cached(model)
+        cached = downloaded(model)
         if cached is None:
             yield Finding(
                 "problem",
@@ -54,7 +55,7 @@ def check_checkpoint(model: str) -> Iterator[Finding]:
 def plans_of(model: str) -> tuple[str, Sequence[MemoryPlan]]:
     """What `easel check` shows the memory of, and its plans: the named model, or for the demo or one that is not
     here yet the published checkpoint. Raises CheckpointError."""
-    folder = Path(model) if Path(model).is_dir() else _cached(model)
+    folder = Path(model) if Path(model).is_dir() else downloaded(model)
     if folder is None or folder == DEMO_CHECKPOINT:
         return "The published checkpoint: longest context on a card of", memory_plans(None)
     return f"{model}: longest context on a card of", memory_plans(str(folder))
@@ -141,15 +142,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise _Broken(f"{path.name} does not hold an object")
     return content
-
-
-def _cached(model: str) -> Path | None:
-    """The folder of a hub id's downloaded copy, if there is one."""
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        config = try_to_load_from_cache(model, "config.json")
-    except HFValidationError:
-        return None
-    return Path(config).parent if isinstance(config, str) else None

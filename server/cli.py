@@ -234,8 +234,9 @@ def _bench_requests(
 @takes_settings("server", "engine")
 def check(settings: Settings) -> None:
     """Look at this machine: what hardware, which checkpoint format fits, what is wrong."""
-    from server.check import Finding, findings, memory_table
+    from server.check import Finding, driver, findings, memory_table
     from server.checkpoint_check import check_checkpoint, plans_of
+    from server.disk_check import check_disk
 
     console = Console(highlight=False)
     styles = {"good": "green", "note": "dim", "problem": "bold red"}
@@ -251,6 +252,7 @@ def check(settings: Settings) -> None:
             console.print(line, soft_wrap=True)
 
     show(findings(settings.server.host, settings.server.port, settings.engine.options(progress=False)))
+    show(check_disk(settings.engine.model, gpu=bool(driver().gpus)))
     before = problems
     show(check_checkpoint(settings.engine.model))
     if problems == before:

@@ -17,6 +17,7 @@ from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, SecretStr, ValidationError
 from pydantic_settings import (
@@ -32,6 +33,7 @@ from engine import EngineOptions
 from server.logs import LogFormat
 
 ENV_PREFIX = "EASEL_"
+CONFIG_VARIABLE = f"{ENV_PREFIX}CONFIG"  # names the file, as --config does
 DEMO_CHECKPOINT = Path(engine.__path__[0]) / "demo" / "checkpoint"
 
 
@@ -68,6 +70,12 @@ class ServerSettings(_Section):
 
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 lets other machines in.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes any free one.")
+    published: str | None = Field(
+        None,
+        pattern=r"^http://[^/?#@]+$",
+        description="Where a container's port is published; decides, instead of host, whether a key is wanted.",
+        examples=["http://127.0.0.1:8000"],
+    )
     alias: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split_commas)] = Field(
         (), description="Another name clients may call the model by; may be given several times."
     )
@@ -106,6 +114,11 @@ class ServerSettings(_Section):
         description="Where to send OpenTelemetry traces, over HTTP; needs the extra tracing.",
         examples=["http://localhost:4318/v1/traces"],
     )
+
+    @property
+    def reached_as(self) -> str:
+        """The host name or address by which clients reach us: that of `published`, or `host`."""
+        return (urlsplit(self.published).hostname or "") if self.published else self.host
 
     def keys(self) -> tuple[str, ...]:
         """All API keys, those of the file included. Raises SettingsError."""
@@ -293,6 +306,7 @@ def _read_toml(file: Path) -> dict[str, dict[str, object]]:
 
 def _reject_unknown_environment(environment: Mapping[str, str]) -> None:
     known = {ENV_PREFIX + name.upper() for section in SECTIONS.values() for name in section.model_fields}
+    known.add(CONFIG_VARIABLE)
     for name in sorted(environment):
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in known:
             _refuse(f"unknown environment variable {name}", name.upper(), known)

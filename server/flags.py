@@ -13,7 +13,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from server.config import ENV_PREFIX, SECTIONS, Settings, load_settings
+from server.config import CONFIG_VARIABLE, ENV_PREFIX, SECTIONS, Settings, load_settings
 
 # A secret in a command line can be read by everybody on the machine.
 NEVER_TYPED = frozenset({"api_key"})
@@ -89,5 +89,11 @@ def _optional(name: str, kind: Any, option: Any) -> inspect.Parameter:
 _CONFIG = _optional(
     "config",
     Path,
-    typer.Option("--config", help="TOML file with settings, as those in configs/.", show_default=False),
+    typer.Option(
+        "--config",
+        envvar=CONFIG_VARIABLE,
+        show_envvar=False,
+        help=f"TOML file with settings, as those in configs/. ({CONFIG_VARIABLE})",
+        show_default=False,
+    ),
 )

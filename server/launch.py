@@ -62,7 +62,7 @@ def serve(settings: Settings) -> None:
         try:
             server = uvicorn.Server(_uvicorn_config(service, settings, keys, tracing))
             listener.listen()  # from here on clients are not refused, so what the screen says is true
-            _start_screen(settings, service, url(listener), keys)
+            _start_screen(settings, service, settings.server.published or url(listener), keys)
             server.run(sockets=[listener])
         except KeyboardInterrupt:
             logger.info("stopped")
@@ -87,11 +87,11 @@ def _end(bridge: Bridge, *, forced: bool) -> None:
 def checked_keys(server: ServerSettings) -> tuple[str, ...]:
     """The API keys. Raises SettingsError where other machines could ask without one."""
     keys = server.keys()
-    if keys or server.insecure or is_loopback(server.host):
+    if keys or server.insecure or is_loopback(server.reached_as):
         return keys
     raise SettingsError(
-        f"{server.host} lets other machines in, so an API key is wanted: set EASEL_API_KEY or --api-key-file; "
-        "or --insecure to serve anybody who reaches it"
+        f"{server.published or server.host} lets other machines in, so an API key is wanted: set EASEL_API_KEY or "
+        "--api-key-file; or --insecure to serve anybody who reaches it"
     )
 
 
@@ -216,7 +216,7 @@ def _names(told: ServerSettings, keys: tuple[str, ...]) -> Names | None:
     """What keyless clients may call us. With a key, or for anybody on purpose, any name will do."""
     if keys or (told.insecure and not told.allowed_host):
         return None
-    hosts = frozenset(name.lower() for name in (told.host, *told.allowed_host))
+    hosts = frozenset(name.lower() for name in (told.host, told.reached_as, *told.allowed_host))
     return Names(hosts, frozenset(origin.rstrip("/").lower() for origin in told.cors_origin))
 
 
@@ -226,7 +226,7 @@ def _start_screen(settings: Settings, service: ChatService, address: str, keys: 
     question = {"model": name, "messages": [{"role": "user", "content": "What is 17 + 25?"}]}
     key = " -H 'Authorization: Bearer YOUR_KEY'" if keys else ""
     asked_for = f"{len(keys)} API key{'s' if len(keys) > 1 else ''}" if keys else "no API key"
-    if not is_loopback(settings.server.host):
+    if not is_loopback(settings.server.reached_as):
         asked_for += ", from any machine that reaches it"
     lines = {
         "model": " = ".join([name, *aliases]) + f", {_count(info.parameters)} parameters, from {info.model_path}",

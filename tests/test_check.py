@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import socket
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from server import check, cli
 from server.check import GB, Finding, Gpu, Torch, check_fit, check_pools, check_port, check_torch, memory_table, runs_on
 from server.checkpoint_check import check_checkpoint, plans_of
 from server.config import DEMO_CHECKPOINT
+from server.disk_check import check_disk, check_kernels_folder, check_models_folder
 
 CPU_TORCH = Torch(version="2.13.0+cpu", cuda=None, architectures=(), gpus=())
 
@@ -52,10 +55,17 @@ def test_a_driver_torch_cannot_use_is_a_problem() -> None:
 
 
 def test_a_chip_this_torch_has_no_code_for_is_a_problem() -> None:
-    old = _gpu(8, capability=(7, 5))
+    new = _gpu(8, capability=(10, 3))
     assert [f.level for f in check_torch(_torch(_gpu(80)), {"Chip": "580.1"})] == ["good", "good"]
-    (problem,) = (f for f in check_torch(_torch(old), {"Chip": "580.1"}) if f.level == "problem")
-    assert "7.5" in problem.advice
+    (problem,) = (f for f in check_torch(_torch(new), {"Chip": "580.1"}) if f.level == "problem")
+    assert "10.3" in problem.advice
+
+
+def test_a_chip_our_kernels_are_not_compiled_for_is_a_problem() -> None:
+    turing = replace(_torch(_gpu(24, capability=(7, 5))), architectures=("sm_75",))
+    (problem,) = (f for f in check_torch(turing, {"Chip": "580.1"}) if f.level == "problem")
+    assert "compute capability 7.5" in problem.what and "8.0" in problem.what
+    assert "--device cpu" in problem.advice
 
 
 @pytest.mark.parametrize(
@@ -162,9 +172,58 @@ def test_this_machine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
         cli.main(["check", "--port", "0"])
     said = capsys.readouterr().out
     assert "torch 2." in said
+    assert " GB free in " in said
     assert "DiffusionGemma, canvas of" in said
     assert "longest context on a card of" in said
     assert left.value.code == (1 if "problem " in said else 0)
+
+
+# The disk
+
+
+def _free(monkeypatch: pytest.MonkeyPatch, gigabytes: float) -> None:
+    usage = type(shutil.disk_usage("/"))(total=10**12, used=0, free=int(gigabytes * GB))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+
+
+@pytest.mark.parametrize(
+    ("free", "wanted", "level", "said"),
+    [
+        (100, "owner/name", "good", "a checkpoint of any format"),
+        (30, "owner/name", "note", "fp8 26.1 GB, nvfp4 17.7 GB, int4 17.7 GB"),
+        (3, "owner/name", "problem", "the smallest checkpoint takes 17.7 GB"),
+        (3, None, "note", "the smallest checkpoint takes 17.7 GB"),
+    ],
+)
+def test_room_for_a_download(
+    free: float, wanted: str | None, level: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _free(monkeypatch, free)
+    found = check_models_folder(tmp_path / "not" / "made" / "yet", wanted)
+    assert (found.level, bool(found.advice)) == (level, free == 3)
+    assert f"{free}.0 GB free in {tmp_path}" in found.what and said in found.what
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    wanted, idle = check_models_folder(tmp_path, "owner/name"), check_models_folder(tmp_path, None)
+    assert (wanted.level, idle.level) == ("problem", "note")
+    assert "HF_HOME" in wanted.advice and "HF_HOME" in idle.advice
+    kernels = check_kernels_folder(tmp_path)
+    assert (kernels.level, kernels.advice) == ("problem", "Set TRITON_CACHE_DIR.")
+
+
+def test_room_for_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _free(monkeypatch, 0.5)
+    assert "has 0.50 GB free" in check_kernels_folder(tmp_path).what
+    _free(monkeypatch, 2)
+    assert check_kernels_folder(tmp_path).level == "good"
+
+
+def test_kernels_are_compiled_for_a_gpu_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    assert len(list(check_disk(str(DEMO_CHECKPOINT), gpu=False))) == 1
+    assert str(tmp_path) in list(check_disk(str(DEMO_CHECKPOINT), gpu=True))[1].what
 
 
 # Checkpoint folders
@@ -268,7 +327,35 @@ def test_shards(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine has a driver")
 def test_no_driver_is_no_crash() -> None:
-    assert check.driver() == {}
+    assert check.driver() == check.Driver(gpus={})
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "expected"),
+    [
+        (
+            0,
+            "NVIDIA H200, 580.1\nNVIDIA, odd, 580.1\n",
+            check.Driver(gpus={"NVIDIA H200": "580.1", "NVIDIA, odd": "580.1"}),
+        ),
+        (18, "Driver/library version mismatch\n", check.Driver(gpus={}, trouble="Driver/library version mismatch")),
+        (9, "", check.Driver(gpus={}, trouble="status 9")),
+        (6, "No devices were found\n", check.Driver(gpus={})),
+    ],
+)
+def test_what_the_driver_says(status: int, said: str, expected: check.Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], status, stdout=said, stderr="")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    assert check.driver() == expected
+
+
+def test_a_driver_in_trouble_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "probe_torch", lambda: CPU_TORCH)
+    monkeypatch.setattr(check, "driver", lambda: check.Driver(gpus={}, trouble="version mismatch"))
+    found = check.findings("127.0.0.1", 0, EngineOptions(model="nowhere"))
+    (problem,) = (f for f in found if f.level == "problem")
+    assert "version mismatch" in problem.what
+    assert "nvidia-smi" in problem.advice
 
 
 def test_a_driver_that_hangs_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,6 +363,6 @@ def test_a_driver_that_hangs_is_no_crash(monkeypatch: pytest.MonkeyPatch) -> Non
         raise subprocess.TimeoutExpired("nvidia-smi", 60)
 
     monkeypatch.setattr(subprocess, "run", hang)
-    assert check.driver() == {}
+    assert "timed out" in check.driver().trouble
     with pytest.raises(check.ProbeError, match="two minutes"):
         check.probe_torch()

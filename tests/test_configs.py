@@ -8,7 +8,9 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from server import cli
 from server.config import DEMO_CHECKPOINT, SECTIONS, SettingsError, commented_toml, load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,3 +162,12 @@ def test_unknown_environment_variable_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("EASEL_PROT", "1")
     with pytest.raises(SettingsError, match=r"EASEL_PROT; did you mean 'EASEL_PORT'\?"):
         load_settings({})
+
+
+def test_the_file_can_be_named_in_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = _file(tmp_path, '[engine]\nmodel = "named-by-a-file"\n')
+    monkeypatch.setenv("EASEL_CONFIG", str(file))
+    told = CliRunner().invoke(cli.app, ["check", "--port", "0"])
+    assert "named-by-a-file: no such folder" in told.output
+    monkeypatch.setenv("EASEL_CONFIG", "")
+    assert "named-by-a-file" not in CliRunner().invoke(cli.app, ["check", "--port", "0"]).output

@@ -17,7 +17,7 @@ from server.address import AddressError, is_loopback
 from server.app import AppSettings
 from server.config import ServerSettings, SettingsError, load_settings
 from server.errors import ApiError
-from server.launch import checked_keys
+from server.launch import _names, checked_keys
 from tests.fakes import Script, script
 
 Serve = Callable[..., Any]
@@ -89,6 +89,24 @@ def test_other_machines_need_a_key(host: str) -> None:
         checked_keys(told(host=host))
     assert checked_keys(told(host=host, insecure=True)) == ()
     assert checked_keys(ServerSettings(host=host, api_key="k")) == ("k",)
+
+
+def test_where_a_container_is_published_decides() -> None:
+    assert checked_keys(told(host="0.0.0.0", published="http://127.0.0.1:8123")) == ()
+    assert checked_keys(told(host="0.0.0.0", published="http://[::1]:8123")) == ()
+    with pytest.raises(SettingsError, match=r"^http://0\.0\.0\.0:8123 lets other machines in"):
+        checked_keys(told(host="127.0.0.1", published="http://0.0.0.0:8123"))
+    with pytest.raises(SettingsError, match=r"^--published: "):
+        load_settings({"published": "127.0.0.1:8000"})
+
+
+def test_a_container_of_this_machine_alone_answers_to_known_names() -> None:
+    names = _names(told(host="0.0.0.0", published="http://127.0.0.1:8123", allowed_host="easel"), ())
+    assert names is not None
+    for host in ("127.0.0.1:8123", "localhost:8123", "easel:8000"):
+        names.check(Headers({"host": host}))
+    with pytest.raises(ApiError):
+        names.check(Headers({"host": "evil.example"}))
 
 
 def test_a_name_that_does_not_resolve() -> None:
