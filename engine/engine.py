@@ -158,6 +158,7 @@ class DiffusionEngine:
             pool = KVPool(config, pools.slots, pools.context, device, dtype, chunk=chunk, pages=pools.pages)
         except RuntimeError as error:  # torch's class for a failed allocation differs between devices
             raise EngineError(f"no memory for {pools.bytes} bytes of keys and values on {device}: {error}") from error
+        model = assemble(config, checkpoint.tensors, pool, kernels, eight_bit=checkpoint.eight_bit)
         info = EngineInfo(
             model_path=options.model,
             canvas_length=config.canvas_length,
@@ -175,6 +176,7 @@ class DiffusionEngine:
             slots=pools.slots,
             page_length=PAGE,
             pages=pools.pages,
+            choices=model.choices,
         )
         logger.info(
             "%s: %.1f M parameters, format %s, run in %s on %s with %s kernels; %d slots, context %d, "
@@ -193,7 +195,7 @@ class DiffusionEngine:
             info.load_seconds,
         )
         return cls(
-            assemble(config, checkpoint.tensors, pool, kernels),
+            model,
             pool.slots,
             schedule,
             info,

@@ -254,6 +254,7 @@ class EngineInfo:
     slots: int = 1  # requests at a time
     page_length: int = 64  # positions in a page of keys and values
     pages: Mapping[str, int] = field(default_factory=dict)  # by kind of layer: "full", "sliding"
+    choices: tuple[str, ...] = ()  # which ways of computing start-up found fastest on this chip, a line each
 
 
 @dataclass(frozen=True, kw_only=True)

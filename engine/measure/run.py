@@ -137,6 +137,8 @@ class FormatBench:
         began = time.monotonic()
         bench = self._bench(checkpoint, context, slots=1)
         ready = time.monotonic()
+        if bench.rig.info.choices:
+            self._run.facts["choices"] = "; ".join(bench.rig.info.choices)
         bench.rig.commit(bench.rig.ids(self._shape.config.canvas_length))
         bench.rig.open()
         bench.rig.step()
