@@ -106,7 +106,9 @@ def expert_ways(gate_up: Weight, down: Weight, choices: int, chip: int, *, eight
     tile = row_tile(choices, shape(gate_up)[0])
     tiles = (tile, *(half for half in ROW_TILES if 2 * half == tile))
     eight = eight_bit and chip in E4M3_CHIPS and (isinstance(gate_up, Fp8Weight) or isinstance(down, Fp8Weight))
-    return [ExpertWay(each, way) for way in ((False, True) if eight else (False,)) for each in tiles]
+    if eight:  # decoding does the same and more
+        return [ExpertWay(tile), *(ExpertWay(each, True) for each in tiles)]
+    return [ExpertWay(each) for each in tiles]
 
 
 def experts(
