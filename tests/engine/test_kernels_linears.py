@@ -28,7 +28,7 @@ from engine.kernels.weights import Weight, dense
 from tests.engine.kernel_inputs import FORMATS, assert_near, randn, random_weight
 
 # numpy, which the interpreter computes with, warns where a GPU does not
-pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
 
 @pytest.mark.parametrize("form", FORMATS)
