@@ -7,6 +7,7 @@ Invariant: on a GPU with the Triton ops, passes come in few layouts (`buckets`),
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -19,6 +20,8 @@ from engine.kv_cache import KVPool
 from engine.model.gemma4 import DiffusionGemma
 from engine.pages import PAGE
 from engine.plan import Planner
+
+logger = logging.getLogger(__name__)
 
 KERNELS = ("reference", "triton")
 SMALLEST_BUCKET = 64  # rows: below it a pass costs the same
@@ -36,21 +39,15 @@ def choose_kernels(name: str, device: torch.device, dtype: torch.dtype) -> str:
     return name
 
 
-def op_set(kernels: str) -> Ops:
-    """The ops of that name."""
+def assemble(
+    config: ModelConfig, weights: Mapping[str, Weight], pool: KVPool, kernels: str, *, eight_bit: bool
+) -> DiffusionGemma:
+    """The model on the pool's device; `weights` and `eight_bit` as in `Checkpoint`, `kernels` as `choose_kernels`
+    returns it. The Triton ops are measured here, and the fastest way of each chosen."""
     if kernels == "reference":
-        return REFERENCE
-    from engine.kernels.triton_ops import TRITON  # deferred: a machine without a GPU need not have triton
-
-    return TRITON
-
-
-def assemble(config: ModelConfig, weights: Mapping[str, Weight], pool: KVPool, kernels: str) -> DiffusionGemma:
-    """The model on the pool's device; `weights` as in `Checkpoint.tensors`, `kernels` as `choose_kernels` returns
-    it."""
-    ops = op_set(kernels)
-    if kernels == "reference":
-        return DiffusionGemma(config, weights, ops, pool)
+        return DiffusionGemma(config, weights, REFERENCE, pool)
+    ops = _measured(config, weights, eight_bit)
+    logger.info("chosen on this chip: %s", "; ".join(ops.chosen))
     capacity = max(cache.capacity for cache in pool.slots)
     planner = Planner(
         config,
@@ -60,6 +57,23 @@ def assemble(config: ModelConfig, weights: Mapping[str, Weight], pool: KVPool, k
         width=-(-(capacity + pool.chunk + config.canvas_length) // PAGE),
     )
     return DiffusionGemma(config, weights, ops, pool, planner)
+
+
+def _measured(config: ModelConfig, weights: Mapping[str, Weight], eight_bit: bool) -> Ops:
+    # deferred: a machine without a GPU need not have triton
+    from engine.kernels.choosing import GraphTimer, choose
+    from engine.kernels.triton_ops import by_choice
+
+    return by_choice(
+        choose(
+            weights,
+            active=config.top_k_experts,
+            canvas=config.canvas_length,
+            scale=config.hidden_size**0.5,
+            eight_bit=eight_bit,
+            time=GraphTimer(),
+        )
+    )
 
 
 def buckets(most: int) -> tuple[int, ...]:

@@ -56,6 +56,7 @@ class Checkpoint:
     generation: GenerationDefaults
     tensors: Mapping[str, Weight]
     format: str  # of the experts: "fp8", "nvfp4" or "int4"; if nothing is quantised "bf16" or "fp32", as stored
+    eight_bit: bool  # rows that meet fp8 weights may be rounded to 8 bit: these are to be run so
 
     @property
     def device(self) -> torch.device:
@@ -88,6 +89,7 @@ class CheckpointPlan:
     generation: GenerationDefaults
     layout: Layout
     quantized: bool  # by the checkpoint itself
+    eight_bit: bool  # as in `Checkpoint`
 
     @property
     def title(self) -> str:
@@ -129,6 +131,7 @@ def plan_checkpoint(path_or_hub_id: str | Path, choice: Choice | None = None, *,
         generation=generation,
         layout=layout(config, quantization.scheme_of) if quantization else layout(config, choice=choice),
         quantized=quantization is not None,
+        eight_bit=quantization.eight_bit if quantization else bool(choice and choice.eight_bit),
     )
 
 
@@ -151,6 +154,7 @@ def read_checkpoint(plan: CheckpointPlan, device: torch.device, dtype: torch.dty
         generation=plan.generation,
         tensors=tensors,
         format=plan.layout.format or PLAIN_FORMATS[kinds.most_common(1)[0][0]],
+        eight_bit=plan.eight_bit,
     )
 
 

@@ -165,6 +165,7 @@ class DiffusionEngine:
             pool = KVPool(config, pools.slots, pools.context, device, dtype, chunk=chunk, pages=pools.pages)
         except RuntimeError as error:  # torch's class for a failed allocation differs between devices
             raise EngineError(f"no memory for {pools.bytes} bytes of keys and values on {device}: {error}") from error
+        model = assemble(config, checkpoint.tensors, pool, kernels, eight_bit=checkpoint.eight_bit)
         info = EngineInfo(
             model_path=options.model,
             canvas_length=config.canvas_length,
@@ -184,6 +185,7 @@ class DiffusionEngine:
             pages=pools.pages,
             image_tokens=config.vision.most_tokens if config.vision else 0,
             image_id=config.vision.image_id if config.vision else None,
+            choices=model.choices,
         )
         logger.info(
             "%s: %.1f M parameters, format %s, run in %s on %s with %s kernels; %d slots, context %d, "

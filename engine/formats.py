@@ -174,6 +174,11 @@ class Choice:
     def __bool__(self) -> bool:
         return bool(self.experts or self.dense)
 
+    @property
+    def eight_bit(self) -> bool:
+        """Whether fp8 layers may round their inputs to 8 bit: fp8 here is what is published as FP8-dynamic."""
+        return "fp8" in (self.experts, self.dense)
+
 
 def choose(quantize: str | None, quantize_dense: str | None) -> Choice:
     """The two options as a Choice. fp8 takes attention and dense MLP too, as the published checkpoint does; the

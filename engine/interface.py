@@ -285,6 +285,7 @@ class EngineInfo:
     pages: Mapping[str, int] = field(default_factory=dict)  # by kind of layer: "full", "sliding"
     image_tokens: int = 0  # soft tokens that one image may take; 0 = the model takes no images
     image_id: int | None = None  # the id that stands for a soft token in a prompt; None = the model takes no images
+    choices: tuple[str, ...] = ()  # which ways of computing start-up found fastest on this chip, a line each
 
 
 @dataclass(frozen=True, kw_only=True)

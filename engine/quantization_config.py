@@ -46,6 +46,7 @@ WRITTEN: Mapping[Format, str] = {
     "nvfp4": "nvfp4-pack-quantized",
     "int4": "pack-quantized",
 }
+BY_TOKEN = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}  # inputs, as FP8-dynamic rounds them
 LEFT_OUT = ("lm_head", "re:.*router.*", "re:.*self_conditioning.*", "re:.*vision_tower.*", "re:.*embed_vision.*")
 DENSE_LAYERS = ("re:.*self_attn.*", "re:.*mlp.*")
 
@@ -56,6 +57,7 @@ class Quantization:
 
     groups: tuple[tuple[Scheme, Callable[[str], bool]], ...]  # in order; the first that takes a layer has it
     ignored: Callable[[str], bool]
+    eight_bit: bool = False  # every fp8 layer declares inputs of 8 bit, rounded a token at a time
 
     def scheme_of(self, module: str) -> Scheme | None:
         """How the linear layer `module` (a stored name without ".weight") is stored; None = unquantised."""
@@ -93,11 +95,10 @@ def described(choice: Choice) -> dict[str, Any]:
         wanted.setdefault(choice.dense, []).extend(DENSE_LAYERS)
     groups = {}
     for number, (form, targets) in enumerate(wanted.items()):
-        inputs = {"num_bits": 8, "type": "float", "strategy": "token", "symmetric": True, "dynamic": True}
         groups[f"group_{number}"] = {
             "targets": targets if len(wanted) > 1 else ["Linear"],
             "weights": {**SCHEMES[WRITTEN[form]][1], "dynamic": False},
-            "input_activations": inputs if form == "fp8" else None,
+            "input_activations": {**BY_TOKEN, "symmetric": True} if form == "fp8" else None,
             "output_activations": None,
             "format": WRITTEN[form],
         }
@@ -136,6 +137,7 @@ def _compressed_tensors(raw: dict[str, Any], path: Path) -> Quantization:
         if raw.get(key) and raw[key] != {"format": "dense"}:
             _unknown(path, f"compressed-tensors with a {key}")
     groups = []
+    rounded = []  # of each fp8 group, whether its inputs are
     for name, group in _groups(raw, path, required=True).items():
         asked = group.get("format") or raw.get("format")
         if not isinstance(asked, str) or asked not in SCHEMES:
@@ -150,8 +152,11 @@ def _compressed_tensors(raw: dict[str, Any], path: Path) -> Quantization:
         inputs = group.get("input_activations")
         if asked == "float-quantized" and inputs and inputs.get("dynamic") is not True:
             _unknown(path, f"{asked} with static activation scales ({name})")
+        if asked == "float-quantized":
+            rounded.append(all((inputs or {}).get(key) == value for key, value in BY_TOKEN.items()))
         groups.append((scheme, _matcher(_names(group.get("targets"), path, f"{name}.targets"))))
-    return Quantization(tuple(groups), _matcher(_names(raw.get("ignore"), path, "ignore")))
+    ignored = _matcher(_names(raw.get("ignore"), path, "ignore"))
+    return Quantization(tuple(groups), ignored, eight_bit=bool(rounded) and all(rounded))
 
 
 def _groups(raw: dict[str, Any], path: Path, *, required: bool) -> dict[str, dict[str, Any]]:

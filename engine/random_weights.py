@@ -44,14 +44,15 @@ BLOCK_SCALE_CODES = (48, 64)
 
 def plan_random(shape: str, form: str) -> CheckpointPlan:
     """The plan of a random checkpoint, `shape` and `form` by name. Raises EngineError for an unknown name."""
-    found = shape_of(shape)
+    found, choice = shape_of(shape), format_choice(form)
     return CheckpointPlan(
         source=shape,
         path=Path(shape),
         config=found.config,
         generation=published_generation(),
-        layout=layout(found.config, choice=format_choice(form)),
+        layout=layout(found.config, choice=choice),
         quantized=False,
+        eight_bit=choice.eight_bit,
     )
 
 
@@ -70,6 +71,7 @@ def random_checkpoint(plan: CheckpointPlan, device: torch.device, dtype: torch.d
         generation=plan.generation,
         tensors=tensors,
         format=plan.layout.format or {torch.float32: "fp32"}.get(dtype, "bf16"),
+        eight_bit=plan.eight_bit,
     )
 
 

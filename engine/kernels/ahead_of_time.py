@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import attention, experts, linears, norms, output, routing, soft_embedding
+from engine.kernels import attention, experts, linears, norms, output, rounding, routing, soft_embedding, unpacking
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import SHARED_LIMIT
 
@@ -28,6 +28,8 @@ MODULES: tuple[Callable[[], list[KernelCase]], ...] = (
     routing.cases,
     experts.cases,
     linears.cases,
+    rounding.cases,
+    unpacking.cases,
     attention.cases,
     norms.cases,
     output.cases,

@@ -1,7 +1,7 @@
 """Facts about GPUs that decide tile sizes.
 
-Invariant: a kernel's configuration depends on the chip's compute capability and on nothing measured at run time, so
-that what start-up can choose is exactly what is compiled ahead of time.
+Invariant: a kernel's tile depends on the chip's compute capability and on nothing measured at run time. What start-up
+measures (`choosing`) is which of several kernels runs, and all of these are compiled ahead of time.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The two matmul kernels, over tiles of rows that each use one matrix of a stack: with GeGLU, and plain.
 
-`experts` launches them over a routing schedule; `linears` over consecutive rows and a single matrix. Says also which
-tile sizes to use. Knows weights only as pointers and a format.
+`experts` launches them over a routing schedule; `linears` over consecutive rows and a single matrix, whose columns it
+may split among programs. Says also which tile sizes to use. Knows weights only as pointers and a format.
 
 Invariant: tiles of rows are the fastest grid axis, so the tiles that share a piece of weights run side by side and
 DRAM reads it once.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,15 +20,18 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
-from engine.kernels.tiles import accumulate, column_of, gelu_tanh, ordered, rounded, row_factor, row_of, x_tile
+from engine.kernels.chips import SHARED_LIMIT
+from engine.kernels.tiles import accumulate, column_of, gelu_tanh, rounded, row_factor, row_of, x_tile
 from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, Weight, shape
 
-FORMATS = ("plain", "fp8", "nvfp4", "int4")
+FORMATS = ("plain", "fp8", "e4m3", "nvfp4", "int4")  # of weights; e4m3 is fp8 whose rows of x are 8 bit too
 # What one program should need: two fit a multiprocessor of 227 KiB, so that one computes while the other waits.
 SHARED_AIM = 98304
 ROW_TILES = (32, 64, 128)  # 16 would suit only fewer rows than a canvas has, and gain little there
-BITS = {"plain": 16, "fp8": 8, "nvfp4": 4, "int4": 4}
+BITS = {"plain": 16, "fp8": 8, "e4m3": 8, "nvfp4": 4, "int4": 4}
+E4M3_CHIPS = (89, 90, 100, 120, 121)  # whose matrix units multiply 8-bit floats
 FOUR_BIT = ("nvfp4", "int4")
+CLASSES = (256, 512, 1024)  # rows
 BLOCK = 64  # columns of a quantised weight that are decoded together; a 4-bit format's scales of them fill a word
 
 
@@ -59,19 +63,24 @@ def tiling(form: str, bm: int, width: int, *, gated: bool) -> Tiling:
     whole cache line); 128 for quantised ones where that divides, which halves what a loop costs beside decoding, but
     not from 64 rows on, where decoding 128 columns at a time runs out of registers and there is arithmetic enough to
     wait behind. As many stages as the aim leaves room for, of 2 to 4: beyond that there are more bytes in flight than
-    the latency of DRAM needs. Four warps: that is one matrix instruction's, and `tiles.row_of` counts on it; plain
-    weights, where nothing counts on it, get eight for the sums of 128 rows.
+    the latency of DRAM needs. Four warps: that is one matrix instruction's, and `tiles.row_of` counts on it; where
+    nothing is decoded, nothing counts on it, and there are eight for the sums of 128 rows.
     """
     bn = 64 if gated else 128
-    bk = 128 if form != "plain" and bm <= 32 and width % 128 == 0 else 64
+    bk = 128 if form != "plain" and (bm <= 32 or form == "e4m3") and width % 128 == 0 else 64
     matrices = 2 if gated else 1
     stage = (
         matrices * bn * bk * BITS[form] // 8
-        + bm * bk * 2
-        + (matrices * bn * bk // 8 if form in ("nvfp4", "int4") else 0)
+        + bm * bk * (1 if form == "e4m3" else 2)
+        + (matrices * bn * bk // 8 if form in FOUR_BIT else 0)
     )
-    warps = 8 if bm == 128 and form == "plain" else 4
+    warps = 8 if bm == 128 and form in ("plain", "e4m3") else 4
     return Tiling(BM=bm, BN=bn, BK=bk, warps=warps, stages=max(2, min(4, SHARED_AIM // stage)))
+
+
+def rows_class(rows: int) -> int:
+    """Numbers of rows that are multiplied in the same way: those of a canvas, of a canvas and a commit, of more."""
+    return next((most for most in CLASSES if rows <= most), CLASSES[-1])
 
 
 def row_tile(rows: int, experts: int) -> int:
@@ -94,9 +103,9 @@ class Stored:
     experts: int
 
 
-def stored(weight: Weight) -> Stored:
-    """weight [out, in] or [E, out, in], contiguous; bytes are handed over as uint8, 4-bit formats' scales as int32.
-    ValueError if `in` of a quantised weight does not divide by BLOCK."""
+def stored(weight: Weight, *, eight_bit: bool = False) -> Stored:
+    """weight [out, in] or [E, out, in], contiguous; what is decoded is handed over as int32. `eight_bit`: of an fp8
+    weight, to be multiplied with rows of 8 bit. ValueError if `in` of a quantised weight does not divide by BLOCK."""
     *stack, out, width = shape(weight)
     if not isinstance(weight, Tensor) and width % BLOCK:
         raise ValueError(f"a quantised weight of {width} columns does not divide by {BLOCK}")
@@ -104,7 +113,7 @@ def stored(weight: Weight) -> Stored:
         case Tensor():
             form, values, scale, row_scale = "plain", weight, weight, weight
         case Fp8Weight(values, row_scale):
-            form, values = "fp8", values.view(torch.int32)
+            form, values = ("e4m3", values) if eight_bit else ("fp8", values.view(torch.int32))
             scale = values
         case Nvfp4Weight(values, scale, row_scale):
             form = "nvfp4"
@@ -137,11 +146,12 @@ def _tile_rows(order, expert, start, rows, count, BM: tl.constexpr, ROUTED: tl.c
 
 @triton.jit
 def gated_kernel(
-    x, weight, scale, row_scale, order, expert, start, rows, hidden, count, width, K, A: tl.constexpr, FORMAT:
+    x, x_scale, weight, scale, row_scale, order, expert, start, rows, hidden, count, width, K, A: tl.constexpr, FORMAT:
     tl.constexpr, FOLLOWING: tl.constexpr, FOLLOWING_BK: tl.constexpr, ROUTED: tl.constexpr, EVEN_K: tl.constexpr, BM:
     tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """hidden[position] = gelu_tanh(gate(x[row])) * up(x[row]); weight [E, 2 * width, K], gate rows first."""
+    """hidden[position] = gelu_tanh(gate(x[row])) * up(x[row]); weight [E, 2 * width, K], gate rows first. x_scale
+    float32, one a row, is read if the format is e4m3."""
     if ROUTED:
         if tl.load(rows + tl.program_id(0)) == 0:
             return
@@ -155,23 +165,25 @@ def gated_kernel(
         tile = x_tile(x, choice // A, k, K, BK, EVEN_K)
         gate = accumulate(gate, tile, weight, scale, gate_rows, k, K, FORMAT, BK, EVEN_K)
         up = accumulate(up, tile, weight, scale, up_rows, k, K, FORMAT, BK, EVEN_K)
-    if FORMAT != "plain":
-        n = tl.program_id(1) * BN + row_of(tl.arange(0, BN))
-        gate_rows = matrix * 2 * width + tl.minimum(n, width - 1)
-        up_rows = gate_rows + width
+    n = tl.program_id(1) * BN + row_of(tl.arange(0, BN), FORMAT)
+    gate_rows = matrix * 2 * width + tl.minimum(n, width - 1)
     gate *= row_factor(row_scale, gate_rows, FORMAT)
-    up *= row_factor(row_scale, up_rows, FORMAT)
+    up *= row_factor(row_scale, gate_rows + width, FORMAT)
+    if FORMAT == "e4m3":
+        factor = tl.load(x_scale + choice // A)[None, :]
+        gate, up = gate * factor, up * factor
     out = hidden + position[None, :] * width + column_of(n, FOLLOWING, FOLLOWING_BK)[:, None]
     tl.store(out, rounded(gelu_tanh(gate) * up, hidden.dtype.element_ty), mask=live[None, :] & (n < width)[:, None])
 
 
 @triton.jit
 def matmul_kernel(
-    x, weight, scale, row_scale, order, expert, start, rows, out, count, width, K,
-    FORMAT: tl.constexpr, ROUTED: tl.constexpr, EVEN_K: tl.constexpr,
+    x, x_scale, weight, scale, row_scale, order, expert, start, rows, out, count, width, K, span,
+    FORMAT: tl.constexpr, ROUTED: tl.constexpr, SPLIT: tl.constexpr, EVEN_K: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """out[choice] = weight @ x[position]; weight [E, width, K]."""
+    """out[choice] = weight @ x[position]; weight [E, width, K]. SPLIT: out is float32 [parts, count, width], and each
+    part the product over `span` columns."""
     if ROUTED:
         if tl.load(rows + tl.program_id(0)) == 0:
             return
@@ -179,13 +191,19 @@ def matmul_kernel(
     n = tl.program_id(1) * BN + tl.arange(0, BN)
     weight_rows = matrix * width + tl.minimum(n, width - 1)
     acc = tl.zeros((BN, BM), tl.float32)
-    for k in range(0, K, BK):
+    first, last = 0, K
+    if SPLIT:
+        first = tl.program_id(2) * span
+        last = tl.minimum(first + span, K)
+    for k in range(first, last, BK):
         tile = x_tile(x, position, k, K, BK, EVEN_K)
         acc = accumulate(acc, tile, weight, scale, weight_rows, k, K, FORMAT, BK, EVEN_K)
-    if FORMAT != "plain":
-        n = tl.program_id(1) * BN + row_of(tl.arange(0, BN))
-        weight_rows = matrix * width + tl.minimum(n, width - 1)
-    acc *= row_factor(row_scale, weight_rows, FORMAT)
+    n = tl.program_id(1) * BN + row_of(tl.arange(0, BN), FORMAT)
+    acc *= row_factor(row_scale, matrix * width + tl.minimum(n, width - 1), FORMAT)
+    if FORMAT == "e4m3":
+        acc *= tl.load(x_scale + position)[None, :]
+    if SPLIT:
+        out += tl.program_id(2).to(tl.int64) * count * width
     pointers = out + choice[None, :] * width + n[:, None]
     tl.store(pointers, rounded(acc, out.dtype.element_ty), mask=live[None, :] & (n < width)[:, None])
 
@@ -209,65 +227,96 @@ def consecutive(x: Tensor, bm: int) -> Rows:
     return Rows(order=x, expert=x, start=x, rows=x, count=count, tiles=triton.cdiv(count, bm), routed=False)
 
 
+@dataclass(frozen=True)
+class EightBit:
+    """Rows of x in 8 bit: x = values * scale[:, None]."""
+
+    values: Tensor  # float8_e4m3fn [R, K]
+    scale: Tensor  # float32 [R]
+
+
+Given = Tensor | EightBit  # rows of x: in 8 bit for a weight of form e4m3, else not
+
+
+def _pointers(x: Given) -> tuple[Tensor, Tensor]:
+    return (x, x) if isinstance(x, Tensor) else (x.values, x.scale)
+
+
 def launch_gated(
-    x: Tensor, weight: Stored, rows: Rows, hidden: Tensor, bm: int, *, active: int, following: str
+    x: Given, weight: Stored, rows: Rows, hidden: Tensor, bm: int, *, active: int, following: str, block: int
 ) -> None:
-    """x [R, K] in no special order, hidden [positions, width], ordered for one of format `following`; `active`
-    choices are made by a row."""
+    """x [R, K] `ordered` for the weight, hidden [positions, width], ordered in blocks for one of format `following`;
+    `active` choices are made by a row."""
     tile = tiling(weight.form, bm, weight.width, gated=True)
     width = weight.out // 2
     gated_kernel[(rows.tiles, triton.cdiv(width, tile.BN))](
-        ordered(x, weight.form, tile.BK), weight.values, weight.scale, weight.row_scale, rows.order, rows.expert,
-        rows.start, rows.rows, hidden, rows.count, width, weight.width, A=active, FORMAT=weight.form,
-        FOLLOWING=following, FOLLOWING_BK=tiling(following, bm, width, gated=False).BK, ROUTED=rows.routed,
-        EVEN_K=tile.divides(weight.form, weight.width), **tile.constants, num_warps=tile.warps, num_stages=tile.stages,
+        *_pointers(x), weight.values, weight.scale, weight.row_scale, rows.order, rows.expert, rows.start, rows.rows,
+        hidden, rows.count, width, weight.width, A=active, FORMAT=weight.form, FOLLOWING=following, FOLLOWING_BK=block,
+        ROUTED=rows.routed, EVEN_K=tile.divides(weight.form, weight.width), **tile.constants, num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
 
 
-def launch_matmul(x: Tensor, weight: Stored, rows: Rows, out: Tensor, bm: int) -> None:
-    """x [positions, K] `ordered` for the weight, out [choices, width]."""
+def launch_matmul(x: Given, weight: Stored, rows: Rows, out: Tensor, bm: int) -> None:
+    """x [positions, K] `ordered` for the weight. out [choices, width]; or float32 [parts, choices, width], whose sum is
+    the product, of about as many columns each."""
     tile = tiling(weight.form, bm, weight.width, gated=False)
-    matmul_kernel[(rows.tiles, triton.cdiv(weight.out, tile.BN))](
-        x, weight.values, weight.scale, weight.row_scale, rows.order, rows.expert, rows.start, rows.rows, out,
-        rows.count, weight.out, weight.width,
-        FORMAT=weight.form, ROUTED=rows.routed, EVEN_K=tile.divides(weight.form, weight.width),
-        **tile.constants, num_warps=tile.warps, num_stages=tile.stages,
+    parts = out.shape[0] if out.dim() == 3 else 1
+    span = triton.cdiv(triton.cdiv(weight.width, tile.BK), parts) * tile.BK
+    matmul_kernel[(rows.tiles, triton.cdiv(weight.out, tile.BN), parts)](
+        *_pointers(x), weight.values, weight.scale, weight.row_scale, rows.order, rows.expert, rows.start, rows.rows,
+        out, rows.count, weight.out, weight.width, span, FORMAT=weight.form, ROUTED=rows.routed, SPLIT=out.dim() == 3,
+        EVEN_K=tile.divides(weight.form, weight.width), **tile.constants, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 POINTERS: Mapping[str, Mapping[str, str]] = {
     "plain": {"weight": "*bf16:16", "scale": "*bf16:16", "row_scale": "*bf16:16"},
     "fp8": {"weight": "*i32:16", "scale": "*i32:16", "row_scale": "*fp32:16"},
+    "e4m3": {"weight": "*fp8e4nv:16", "scale": "*fp8e4nv:16", "row_scale": "*fp32:16"},
     "nvfp4": {"weight": "*i32:16", "scale": "*i32:16", "row_scale": "*fp32:16"},
     "int4": {"weight": "*i32:16", "scale": "*i32:16", "row_scale": "*i32:16"},
 }
 
 
-def matmul_cases(form: str, width: int, row_tiles: Sequence[int], *, gated: bool, routed: bool) -> list[KernelCase]:
-    """Every row tile of one kernel for one format; `width` is K."""
+def matmul_cases(
+    form: str,
+    width: int,
+    row_tiles: Sequence[int],
+    *,
+    gated: bool,
+    routed: bool,
+    split: bool = False,
+    followings: Sequence[tuple[str, int]] = (),
+) -> list[KernelCase]:
+    """Every row tile of one kernel for one format; `width` is K. `followings`: formats and blocks that a gated one's
+    result may be ordered for."""
     found = []
-    index = "*i32" if routed else "*bf16:16"
-    for bm in row_tiles:
+    index = "*i32" if routed else "*fp8e4nv:16" if form == "e4m3" else "*bf16:16"
+    x = {"x": "*fp8e4nv:16", "x_scale": "*fp32:16"} if form == "e4m3" else {"x": "*bf16:16", "x_scale": "*bf16:16"}
+    target = {"hidden": "*bf16:16"} if gated else {"out": "*fp32:16" if split else "*bf16:16"}
+    sizes = {"count": "i32", "width": "i32:16", "K": "i32:16"} | ({} if gated else {"span": "i32:16"})
+    for bm, (following, block) in product(row_tiles, followings or [("", 0)]):
         tile = tiling(form, bm, width, gated=gated)
-        constants: dict[str, Any] = {
-            "FORMAT": form,
-            "ROUTED": routed,
-            "EVEN_K": tile.divides(form, width),
-            **tile.constants,
-        }
+        constants: dict[str, Any] = {"FORMAT": form, "ROUTED": routed, "EVEN_K": tile.divides(form, width)}
+        constants |= tile.constants
         if gated:
-            constants |= {"A": 8 if routed else 1, "FOLLOWING": form, "FOLLOWING_BK": 64}
+            constants |= {"A": 8 if routed else 1, "FOLLOWING": following, "FOLLOWING_BK": block}
+        else:
+            constants |= {"SPLIT": split}
+        kind = "gated" if gated else "split" if split else "matmul"
+        then = f",for {following} {block}" if gated else ""
         found.append(
             KernelCase(
-                name=f"{'experts' if routed else 'linear'}_{'gated' if gated else 'matmul'}"
-                f"[{form},{tile.BM}x{tile.BN}x{tile.BK}]",
+                name=f"{'experts' if routed else 'linear'}_{kind}[{form},{tile.BM}x{tile.BN}x{tile.BK}{then}]",
                 kernel=gated_kernel if gated else matmul_kernel,
-                signature={"x": "*bf16:16", **POINTERS[form], "order": index, "expert": index, "start": index}
-                | {"rows": index, ("hidden" if gated else "out"): "*bf16:16"}
-                | {"count": "i32", "width": "i32:16", "K": "i32:16"},
+                signature={**x, **POINTERS[form], **dict.fromkeys(("order", "expert", "start", "rows"), index)}
+                | target
+                | sizes,
                 constants=constants,
                 num_warps=tile.warps,
                 num_stages=tile.stages,
+                chips=E4M3_CHIPS if form == "e4m3" else tuple(SHARED_LIMIT),
             )
         )
     return found

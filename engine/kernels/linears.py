@@ -1,13 +1,30 @@
 """Dense projections and the dense MLP for every weight format.
 
-Plain weights go to torch's matmul, which is the vendor's library and hard to beat at 256 rows; quantised ones to
-the same kernels as the experts, with one matrix. fp8 activations (torch._scaled_mm) are not used: rounding x to e4m3
-moves each result by about 2.5e-2, more than the 1e-2 a quantised op may differ from its weights' dense meaning.
-Knows no layers.
+Plain weights go to torch's matmul, which is the vendor's library and hard to beat at 256 rows. There are several ways
+to multiply by a quantised one, and which is fastest depends on the chip, the matrix and the number of rows:
+
+    tiles      the experts' kernel with one matrix, decoded in registers. A [2816, 4096] matrix has 22 tiles of outputs
+               and 256 rows four: too few programs for a large chip, each with a long loop. So the columns may be split
+               into `parts`, which another kernel adds up
+    unpacked   the matrix made 16 bit, then the vendor's library
+    e4m3       rows rounded to 8 bit and fp8 weights multiplied as they are, in tiles, split or not
+    library    the same by torch._scaled_mm
+
+The last two round x, which moves a result by about 2.5e-2: more than the 1e-2 a quantised op may differ from its
+weights' dense meaning. They are for checkpoints that declare 8-bit activations. `choosing` measures and chooses at
+start-up; what it did not choose goes by tiles. Knows no layers.
+
+Invariant: rows of one class (`rows_class`) always go the same way.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,61 +32,174 @@ from torch.nn import functional as F
 
 from engine.kernels.catalog import KernelCase
 from engine.kernels.grouped import (
+    BLOCK,
+    E4M3_CHIPS,
     FORMATS,
+    Given,
     Stored,
     consecutive,
     launch_gated,
     launch_matmul,
     matmul_cases,
+    rows_class,
     stored,
     tiling,
 )
-from engine.kernels.tiles import gelu_tanh, ordered, rounded, widened
-from engine.kernels.weights import Weight
+from engine.kernels.rounding import round_rows
+from engine.kernels.tiles import column_of, gelu_tanh, ordered, rounded, widened
+from engine.kernels.unpacking import unpack
+from engine.kernels.weights import Weight, shape
 
-GEGLU_COLUMNS = 1024
+JOIN_COLUMNS = 1024
+JOIN_WARPS = 4
 ROW_TILES = (64, 128)
+PARTS = (2, 3, 4, 6)
 
 
-@triton.jit
-def geglu_kernel(gate_up, out, width, LANES: tl.constexpr):
-    """out[row] = gelu_tanh(gate_up[row, :width]) * gate_up[row, width:]."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    live = columns < width
-    gate = widened(tl.load(gate_up + row * 2 * width + columns, mask=live, other=0.0))
-    up = widened(tl.load(gate_up + (row * 2 + 1) * width + columns, mask=live, other=0.0))
-    tl.store(out + row * width + columns, rounded(gelu_tanh(gate) * up, out.dtype.element_ty), mask=live)
+@dataclass(frozen=True)
+class Way:
+    """One way to multiply by a quantised matrix."""
+
+    name: Literal["tiles", "unpacked", "e4m3", "library"] = "tiles"
+    parts: int = 1
+
+    @property
+    def eight_bit(self) -> bool:
+        """Whether x is rounded to 8 bit."""
+        return self.name in ("e4m3", "library")
+
+    def __str__(self) -> str:
+        return self.name if self.parts == 1 else f"{self.name} in {self.parts} parts"
 
 
-def linear(x: Tensor, weight: Weight) -> Tensor:
+TILES = Way()
+
+
+@dataclass(frozen=True)
+class Product:
+    """What a way is chosen for: all matrices of one kind, and rows of one class."""
+
+    form: str
+    out: int
+    width: int
+    gated: bool
+    rows: int
+
+    def __str__(self) -> str:
+        return f"{'gate and up' if self.gated else 'linear'} {self.form} {self.out}x{self.width} of {self.rows} rows"
+
+
+Chosen = Mapping[Product, Way]
+
+
+def ways(form: str, rows: int, chip: int, *, eight_bit: bool) -> list[Way]:
+    """What may be chosen for a quantised weight; the usual one is the first. `eight_bit`: x may be rounded. Where it
+    can be, no other way that decodes is offered: it would do the same and more, and take its time to compile."""
+    parts = (1, *PARTS) if rows <= 512 else (1,)  # beyond, there are programs enough
+    if form == "fp8" and eight_bit and chip in E4M3_CHIPS:
+        return [TILES, *(Way("e4m3", count) for count in parts), Way("library")]
+    return [*(Way("tiles", count) for count in parts), Way("unpacked")]
+
+
+def product_of(weight: Weight, rows: int, *, gated: bool) -> Product:
+    """What decides how so many rows are multiplied by `weight`."""
+    out, width = shape(weight)
+    return Product(stored(weight).form, out, width, gated, rows_class(rows))
+
+
+def linear(x: Tensor, weight: Weight, chosen: Chosen | None = None) -> Tensor:
     """As `reference.linear`. x [R, in] contiguous, bfloat16 if the weight is quantised."""
     if isinstance(weight, Tensor):
         return F.linear(x, weight)
-    matrix = stored(weight)
-    bm = _row_tile(x.shape[0])
-    return _matmul(ordered(x, matrix.form, tiling(matrix.form, bm, matrix.width, gated=False).BK), matrix)
+    way = _way(chosen, product_of(weight, x.shape[0], gated=False))
+    return multiply(prepare(x, weight, way), weight, way)
 
 
-def gated_mlp(x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
+def gated_mlp(x: Tensor, gate_up: Weight, down: Weight, chosen: Chosen | None = None) -> Tensor:
     """As `reference.gated_mlp`. x [R, M] contiguous, bfloat16 if a weight is quantised."""
+    rows = x.shape[0]
+    second = TILES if isinstance(down, Tensor) else _way(chosen, product_of(down, rows, gated=False))
+    order = order_of(down, rows, second)
     if isinstance(gate_up, Tensor):
-        hidden = _geglu(F.linear(x, gate_up))
-        return linear(hidden, down)
-    first = stored(gate_up)
-    following = "plain" if isinstance(down, Tensor) else stored(down).form
-    bm = _row_tile(x.shape[0])
-    hidden = x.new_empty(x.shape[0], first.out // 2)
-    launch_gated(x, first, consecutive(x, bm), hidden, bm, active=1, following=following)
-    return F.linear(hidden, down) if isinstance(down, Tensor) else _matmul(hidden, stored(down))
+        hidden = _join(F.linear(x, gate_up), x, order=order)
+    else:
+        first = _way(chosen, product_of(gate_up, rows, gated=True))
+        hidden = multiply_gated(prepare(x, gate_up, first, gated=True), gate_up, first, order)
+    if isinstance(down, Tensor):
+        return F.linear(hidden, down)
+    return multiply(round_rows(hidden) if second.eight_bit else hidden, down, second)
 
 
-def _matmul(x: Tensor, weight: Stored) -> Tensor:
-    """x is `ordered` for the weight."""
-    bm = _row_tile(x.shape[0])
-    out = x.new_empty(x.shape[0], weight.out)
-    launch_matmul(x, weight, consecutive(x, bm), out, bm)
+def _way(chosen: Chosen | None, product: Product) -> Way:
+    return TILES if chosen is None else chosen.get(product, TILES)
+
+
+def order_of(weight: Weight, rows: int, way: Way, *, gated: bool = False) -> tuple[str, int]:
+    """The format and the size of block in whose order x must come; if it is to be rounded, before that."""
+    if isinstance(weight, Tensor) or way.eight_bit:
+        return "plain", BLOCK
+    matrix = stored(weight)
+    if way.name == "unpacked":
+        return matrix.form, BLOCK
+    return matrix.form, tiling(matrix.form, _row_tile(rows), matrix.width, gated=gated and way.parts == 1).BK
+
+
+def prepare(x: Tensor, weight: Weight, way: Way, *, gated: bool = False) -> Given:
+    """x [R, K] as `multiply`, or `multiply_gated`, takes it."""
+    return round_rows(x) if way.eight_bit else ordered(x, *order_of(weight, x.shape[0], way, gated=gated))
+
+
+def multiply(x: Given, weight: Weight, way: Way) -> Tensor:
+    """x `prepare`d; returns [R, out]."""
+    if way.name in ("unpacked", "library"):
+        return _by_library(x, weight, way)
+    matrix, like, bm = _in_tiles(x, weight, way)
+    if way.parts > 1:
+        return _join(_parts(x, matrix, like, way), like, order=None)
+    out = like.new_empty(like.shape[0], matrix.out, dtype=torch.bfloat16 if way.eight_bit else like.dtype)
+    launch_matmul(x, matrix, consecutive(like, bm), out, bm)
     return out
+
+
+def multiply_gated(x: Given, weight: Weight, way: Way, order: tuple[str, int]) -> Tensor:
+    """x `prepare`d; the result of the gate [R, out / 2] has its columns in `order`."""
+    if way.name in ("unpacked", "library"):
+        both = _by_library(x, weight, way)
+        return _join(both, both, order=order)
+    matrix, like, bm = _in_tiles(x, weight, way)
+    if way.parts > 1:
+        return _join(_parts(x, matrix, like, way), like, order=order)
+    hidden = like.new_empty(like.shape[0], matrix.out // 2, dtype=torch.bfloat16 if way.eight_bit else like.dtype)
+    following, block = order
+    launch_gated(x, matrix, consecutive(like, bm), hidden, bm, active=1, following=following, block=block)
+    return hidden
+
+
+def _in_tiles(x: Given, weight: Weight, way: Way) -> tuple[Stored, Tensor, int]:
+    """The matrix, x's values and the rows of a tile."""
+    values = x if isinstance(x, Tensor) else x.values
+    return stored(weight, eight_bit=way.eight_bit), values, _row_tile(values.shape[0])
+
+
+def _parts(x: Given, matrix: Stored, like: Tensor, way: Way) -> Tensor:
+    """float32 [parts, R, out]."""
+    out = like.new_empty(way.parts, like.shape[0], matrix.out, dtype=torch.float32)
+    bm = _row_tile(like.shape[0])
+    launch_matmul(x, matrix, consecutive(like, bm), out, bm)
+    return out
+
+
+def _by_library(x: Given, weight: Weight, way: Way) -> Tensor:
+    if isinstance(x, Tensor):
+        return F.linear(x, unpack(stored(weight)))
+    matrix = stored(weight, eight_bit=True)
+    return torch._scaled_mm(
+        x.values,
+        matrix.values.t(),
+        scale_a=x.scale[:, None],
+        scale_b=matrix.row_scale[None, :],
+        out_dtype=torch.bfloat16,
+    )
 
 
 def _row_tile(rows: int) -> int:
@@ -78,29 +208,67 @@ def _row_tile(rows: int) -> int:
     return 64 if rows <= 512 else 128
 
 
-def _geglu(gate_up: Tensor) -> Tensor:
-    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
-    out = gate_up.new_empty(rows, width)
-    geglu_kernel[(rows, triton.cdiv(width, GEGLU_COLUMNS))](gate_up, out, width, LANES=GEGLU_COLUMNS, num_warps=4)
+@triton.jit
+def join_kernel(
+    parts, out, rows, width, count,
+    GATED: tl.constexpr, FOLLOWING: tl.constexpr, FOLLOWING_BK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """out [rows, width] = the sum of parts [count, rows, width], in their order; GATED: gelu_tanh of the first half
+    times the second of the sum of parts [count, rows, 2 * width], columns as FOLLOWING is decoded."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * LANES + tl.arange(0, LANES)
+    live = columns < width
+    stride: tl.constexpr = 2 if GATED else 1
+    total = tl.zeros((LANES,), tl.float32)
+    other = tl.zeros((LANES,), tl.float32)
+    for part in range(count):
+        pointers = parts + (part * rows + row) * (width * stride) + columns
+        total += widened(tl.load(pointers, mask=live, other=0.0))
+        if GATED:
+            other += widened(tl.load(pointers + width, mask=live, other=0.0))
+    if GATED:
+        total = gelu_tanh(total) * other
+        columns = column_of(columns, FOLLOWING, FOLLOWING_BK)
+    tl.store(out + row * width + columns, rounded(total, out.dtype.element_ty), mask=live)
+
+
+def _join(parts: Tensor, like: Tensor, *, order: tuple[str, int] | None) -> Tensor:
+    """parts [R, N] or [parts, R, N]; with an `order`, of gate and up. The result has `like`'s dtype; bfloat16 if that
+    is 8 bit."""
+    gated = order is not None
+    following, block = order or ("plain", BLOCK)
+    count = parts.shape[0] if parts.dim() == 3 else 1
+    rows, width = parts.shape[-2], parts.shape[-1] // (2 if gated else 1)
+    out = parts.new_empty(rows, width, dtype=torch.bfloat16 if like.dtype.itemsize == 1 else like.dtype)
+    join_kernel[(rows, triton.cdiv(width, JOIN_COLUMNS))](
+        parts, out, rows, width, count, GATED=gated, FOLLOWING=following, FOLLOWING_BK=block, LANES=JOIN_COLUMNS,
+        num_warps=JOIN_WARPS,
+    )  # fmt: skip
     return out
 
 
 def cases() -> list[KernelCase]:
     """Quantised formats only; every width is the same kernel."""
-    found = [
-        case
-        for form in FORMATS
-        if form != "plain"
-        for gated in (True, False)
-        for case in matmul_cases(form, 2816, ROW_TILES, gated=gated, routed=False)
-    ]
-    signature = {"gate_up": "*bf16:16", "out": "*bf16:16", "width": "i32:16"}
-    geglu = KernelCase(
-        name="geglu",
-        kernel=geglu_kernel,
-        signature=signature,
-        constants={"LANES": GEGLU_COLUMNS},
-        num_warps=4,
+    found = []
+    for form in FORMATS[1:]:
+        # what follows may be decoded, or not: only fp8 may be either
+        orders = [("fp8", BLOCK), ("plain", BLOCK)] if form in ("fp8", "e4m3") else [(form, BLOCK)]
+        found += [
+            *matmul_cases(form, 2816, ROW_TILES, gated=True, routed=False, followings=orders),
+            *matmul_cases(form, 2816, ROW_TILES, gated=False, routed=False),
+            *matmul_cases(form, 2816, ROW_TILES[:1], gated=False, routed=False, split=True),
+        ]
+    for kind, following in product(("bf16", "fp32"), ("plain", "fp8", "nvfp4", "int4")):
+        found.append(_join_case(kind, following, gated=True))
+    return [*found, _join_case("fp32", "plain", gated=False)]
+
+
+def _join_case(kind: str, following: str, *, gated: bool) -> KernelCase:
+    return KernelCase(
+        name=f"join[{kind},{f'gated for {following}' if gated else 'sum'}]",
+        kernel=join_kernel,
+        signature={"parts": f"*{kind}:16", "out": "*bf16:16", "rows": "i32", "width": "i32:16", "count": "i32"},
+        constants={"GATED": gated, "FOLLOWING": following, "FOLLOWING_BK": BLOCK, "LANES": JOIN_COLUMNS},
+        num_warps=JOIN_WARPS,
         num_stages=3,
     )
-    return [*found, geglu]

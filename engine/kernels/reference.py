@@ -262,10 +262,12 @@ class Ops:
     """One implementation of every op; the functions of this file say what each must compute.
 
     `row_align`: the segments of an AttentionView must begin at multiples of it; rows between them fill up. `overlap`
-    runs two functions that do not depend on each other and returns what they return; on a GPU they share it.
+    runs two functions that do not depend on each other and returns what they return; on a GPU they share it. `chosen`:
+    what was chosen by measuring, a line each.
     """
 
     row_align: int
+    chosen: tuple[str, ...]
     overlap: Callable[[Callable[[], Tensor], Callable[[], Tensor]], tuple[Tensor, Tensor]]
 
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
@@ -287,6 +289,7 @@ class Ops:
 
 REFERENCE = Ops(
     row_align=1,
+    chosen=(),
     overlap=in_turn,
     rms_norm=rms_norm,
     linear=linear,

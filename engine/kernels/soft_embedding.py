@@ -253,7 +253,7 @@ def add_everything(probabilities: Tensor, support: Support, embedding: Tensor, s
 def soft_embedding(probabilities: Tensor, embedding: Tensor, scale: float) -> Tensor:
     """As `reference_output.soft_embedding`, within the rounding of bfloat16. All contiguous, of one dtype.
 
-    Which way it goes depends on all rows, so a row's result depends on its neighbours, but by no more than that.
+    Which way it goes depends on all rows, so let them be of one canvas: then another's cannot matter.
     """
     if probabilities.dtype != embedding.dtype:
         raise ValueError(f"probabilities are {probabilities.dtype}, the embedding is {embedding.dtype}")

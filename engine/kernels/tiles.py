@@ -2,7 +2,8 @@
 
 Device functions only, for plain, fp8, nvfp4 and int4 weights; knows no experts and launches nothing. The decoded
 values are those of `weights.dense`, except that the row scale of fp8 and nvfp4 (and a power of two) is left for
-`row_factor`, by which the caller multiplies the sums.
+`row_factor`, by which the caller multiplies the sums. A fifth form, e4m3, is fp8 weights that are multiplied as they
+are: x has then been rounded to 8 bit too, each row by a scale of its own (`round_rows`).
 
 Weights are the first operand and rows of x the second: so the wide side of a matrix instruction holds weights, which
 are many, and the narrow side holds the few rows an expert has; and Hopper's instruction takes a first operand straight
@@ -29,7 +30,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 def ordered(x: Tensor, form: str, block: int) -> Tensor:
     """x [R, K] with its columns in the order in which a format's words are decoded, `block` columns together: that of
     `column_of`."""
-    if form == "plain":
+    if form in ("plain", "e4m3"):
         return x
     rows, width = x.shape
     if form == "fp8":  # quarter, word, half of a pair, pair -> word, pair, quarter, half of a pair
@@ -44,7 +45,7 @@ def column_of(n, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
     """Where `ordered` puts column n."""
     start = n // BLOCK * BLOCK
     quarter = n // (BLOCK // 4) % 4
-    if FORMAT == "plain":
+    if FORMAT == "plain" or FORMAT == "e4m3":
         return n
     elif FORMAT == "fp8":
         return start + n // 4 % (BLOCK // 16) * 16 + n % 2 * 8 + quarter * 2 + n // 2 % 2
@@ -74,11 +75,21 @@ def widened(x):
 
 
 @triton.jit
-def dot(left, right, acc):
-    """acc + left @ right, summed in float32."""
+def dot(left, right, acc, imprecise: tl.constexpr = None):
+    """acc + left @ right, summed in float32; 8-bit operands: so many products at a time as exactly as the chip can."""
     if INTERPRETED:
         left, right = widened(left), widened(right)
-    return tl.dot(left, right, acc)
+    return tl.dot(left, right, acc, max_num_imprecise_acc=imprecise)
+
+
+@triton.jit
+def to_e4m3(x):
+    """float32 x, at most 448, in e4m3, to the nearest, ties to even."""
+    if INTERPRETED:  # which truncates: only what is exact already survives that
+        exponent = (tl.abs(x).to(tl.int32, bitcast=True) >> 23) - 127
+        step = ((tl.maximum(exponent, -6) - 3 + 127) << 23).to(tl.float32, bitcast=True)
+        x = (x / step + 12582912.0 - 12582912.0) * step
+    return x.to(tl.float8e4nv)
 
 
 @triton.jit
@@ -152,8 +163,10 @@ mov.b32 {$0,$1}, v0; mov.b32 {$2,$3}, v1; mov.b32 {$4,$5}, v2; mov.b32 {$6,$7}, 
 
 
 @triton.jit
-def row_of(i):
-    """Which row of a tile of quantised weights, as loaded, is the i-th of the product."""
+def row_of(i, FORMAT: tl.constexpr):
+    """Which row of a tile of weights, as loaded, is the i-th of the product."""
+    if FORMAT == "plain" or FORMAT == "e4m3":
+        return i
     return i // 64 * 64 + i // 8 % 2 * 32 + i // 16 % 4 * 8 + i % 8
 
 
@@ -296,37 +309,47 @@ def _columns(base, n, k, width, BK: tl.constexpr, EVEN_K: tl.constexpr):
     # read once by the few tiles that run side by side, so not worth a place in the cache afterwards
     if EVEN_K:
         return tl.load(pointers, eviction_policy="evict_first")
-    return tl.load(pointers, mask=columns < width, other=0, eviction_policy="evict_first")
+    else:  # with no `else`, Triton would look at this in any case; it makes no e4m3 of 0
+        return tl.load(pointers, mask=columns < width, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
-def accumulate(acc, x, weight, scale, n, k, K, FORMAT: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr):
-    """acc [BN, BM] + weight[n, k : k + BK] @ x [BK, BM]. n int64 [BN], rows of `weight` and `scale` (already in the
+def decoded(weight, scale, n, k, K, FORMAT: tl.constexpr, dtype: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr):
+    """weight[n, k : k + BK], less `row_factor`: [BN, BK]. n int64 [BN], rows of `weight` and `scale` (already in the
     expert).
 
-    What is quantised is a matrix of int32 words, and x is `ordered` as the format decodes them, in blocks of BK. 4-bit:
-    `scale` too is a matrix of words, each of which holds the scales of 64 columns; BK is 64 or 128 and divides K.
+    What is decoded is a matrix of int32 words; of the result, rows are numbered as `row_of` says and columns `ordered`
+    in blocks of BK. 4-bit: `scale` too is a matrix of words, each of which holds the scales of 64 columns; BK is 64 or
+    128 and divides K.
     """
-    if FORMAT == "plain":
-        values = _columns(weight, n, k, K, BK, EVEN_K)
+    if FORMAT == "plain" or FORMAT == "e4m3":
+        return _columns(weight, n, k, K, BK, EVEN_K)
     elif FORMAT == "fp8":
-        values = _fp8_values(_columns(weight, n, k // 4, K // 4, BK // 4, EVEN_K), x.dtype)
+        return _fp8_values(_columns(weight, n, k // 4, K // 4, BK // 4, EVEN_K), dtype)
     else:
         width = K // 8
         if BK == 128:  # four words at a load, not two, as the order of columns assumes
             width = tl.multiple_of(width, 16)
         words = _columns(weight, n, k // 8, width, BK // 8, EVEN_K)
         if FORMAT == "nvfp4":
-            values = _nvfp4_values(words, _scales(scale, n, k, K, 2, 8, BK), x.dtype)
+            return _nvfp4_values(words, _scales(scale, n, k, K, 2, 8, BK), dtype)
         else:
-            values = _int4_values(words, _scales(scale, n, k, K, 4, 16, BK), x.dtype)
-    return dot(values, x, acc)
+            return _int4_values(words, _scales(scale, n, k, K, 4, 16, BK), dtype)
+
+
+@triton.jit
+def accumulate(acc, x, weight, scale, n, k, K, FORMAT: tl.constexpr, BK: tl.constexpr, EVEN_K: tl.constexpr):
+    """acc [BN, BM] + `decoded` weights @ x [BK, BM]; x comes `ordered` the same way."""
+    values = decoded(weight, scale, n, k, K, FORMAT, x.dtype, BK, EVEN_K)
+    if FORMAT == "e4m3":  # Hopper sums 8-bit products in 14 bits: every BK columns they are added up in float32
+        return dot(values, x, acc, BK)
+    return dot(values, x, acc, None)
 
 
 @triton.jit
 def row_factor(row_scale, n, FORMAT: tl.constexpr):
     """What the sums of rows n [BN] are still to be multiplied by: float32 [BN, 1]."""
-    if FORMAT == "fp8":
+    if FORMAT == "fp8" or FORMAT == "e4m3":
         return tl.load(row_scale + n)[:, None]
     elif FORMAT == "nvfp4":
         return tl.load(row_scale + n)[:, None] * 256.0

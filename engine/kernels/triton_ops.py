@@ -6,18 +6,21 @@ Invariant: no op lets the host read anything, and shapes depend on shapes only, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from engine.kernels.attention import ROW_ALIGN, attention
+from engine.kernels.choosing import Choices
 from engine.kernels.experts import experts
 from engine.kernels.linears import gated_mlp, linear
 from engine.kernels.norms import join_attention, join_layer, qkv_norm_rope_write, rms_norm
 from engine.kernels.output import read_logits, soft_embedding
 from engine.kernels.reference import Ops
 from engine.kernels.routing import route
+from engine.kernels.soft_embedding import soft_embedding as sparse_embedding
 
 
 @cache
@@ -44,8 +47,27 @@ def side_by_side(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> t
     return one, two
 
 
+def by_choice(choices: Choices) -> Ops:
+    """The op set as start-up found it fastest on this chip."""
+
+    def embed(probabilities: Tensor, embedding: Tensor, scale: float) -> Tensor:
+        # rows of one canvas only: whether ids are looked for is then decided by nothing but that canvas
+        one = probabilities.shape[0] == choices.sparse_rows
+        return (sparse_embedding if one else soft_embedding)(probabilities, embedding, scale)
+
+    return replace(
+        TRITON,
+        linear=partial(linear, chosen=choices.linears),
+        gated_mlp=partial(gated_mlp, chosen=choices.linears),
+        experts=partial(experts, ways=choices.experts),
+        soft_embedding=embed,
+        chosen=choices.told,
+    )
+
+
 TRITON = Ops(
     row_align=ROW_ALIGN,
+    chosen=(),
     overlap=side_by_side,
     rms_norm=rms_norm,
     linear=linear,

@@ -49,6 +49,10 @@ class Rig:
     def info(self) -> EngineInfo:
         return self._engine.info
 
+    def warm_up(self) -> None:
+        """What a server does before it says that it is ready."""
+        self._engine.warm_up()
+
     def close(self) -> None:
         """Free all but the weights."""
         self._engine.close()

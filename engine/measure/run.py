@@ -31,6 +31,7 @@ from engine.measure.options import BenchOptions
 from engine.measure.profile import profile
 from engine.measure.rig import Rig
 from engine.measure.start_up import kernels_on_disk, start_up_figures
+from engine.memory_plan import DEFAULT_SLOTS
 from engine.options import require_fit
 from engine.random_weights import plan_random, random_checkpoint
 from engine.shapes import FORMAT_FLAGS, Shape, shape_of
@@ -110,8 +111,17 @@ class FormatBench:
         """What one reply is like, in an engine of one slot."""
         options, size = self._options, self._shape.config.canvas_length
         context = max(self._shape.context, max(options.prompts) + 8 * size)
+        yield from self._group("start", "start", partial(self._start, checkpoint, context))
+        if not options.profile and set(options.only) == {"start"}:
+            return
+        self._memory.begin()
         built: list[Bench] = []
-        yield from self._add("start", partial(self._start, built, checkpoint, context))
+
+        def build() -> list[Figure]:
+            built.append(self._bench(checkpoint, context, slots=1))
+            return []
+
+        yield from self._add("one slot", build)
         if not built:
             return
         (bench,) = built
@@ -131,23 +141,22 @@ class FormatBench:
             yield None
         bench.rig.close()
 
-    def _start(self, built: list[Bench], checkpoint: Checkpoint, context: int) -> Figure:
-        """Build the engine and run its first passes."""
+    def _start(self, checkpoint: Checkpoint, context: int) -> Figure:
+        """Build an engine of as many slots as a server has, and bring it where a server says that it is ready."""
         found = kernels_on_disk()
         began = time.monotonic()
-        bench = self._bench(checkpoint, context, slots=1)
-        ready = time.monotonic()
-        bench.rig.commit(bench.rig.ids(self._shape.config.canvas_length))
-        bench.rig.open()
-        bench.rig.step()
+        rig = self._bench(checkpoint, context, slots=DEFAULT_SLOTS).rig
+        built = time.monotonic()
+        rig.warm_up()
         self._clock.wait()
-        built.append(bench)
+        ready = time.monotonic()
+        rig.close()
         return Figure(
             key="start",
-            title="weights to first step",
-            value=time.monotonic() - began,
+            title=f"weights to ready, {DEFAULT_SLOTS} slots",
+            value=ready - began,
             unit="s",
-            detail={"engine_seconds": ready - began, "kernels_compiled": kernels_on_disk() - found},
+            detail={"engine_seconds": built - began, "kernels_compiled": kernels_on_disk() - found},
         )
 
     def _memory_figure(self, bench: Bench, checkpoint: Checkpoint, context: int) -> Figure:
@@ -226,6 +235,8 @@ class FormatBench:
             )
         except EngineError as error:
             raise torch.OutOfMemoryError(str(error)) from error
+        if rig.info.choices:
+            self._run.facts["choices"] = "; ".join(rig.info.choices)
         return Bench(
             rig=rig,
             clock=self._clock,

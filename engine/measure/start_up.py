@@ -28,7 +28,7 @@ def kernels_on_disk() -> int:
 
 
 def start_up_figures(options: BenchOptions, form: str) -> list[Figure]:
-    """Seconds from weights in memory to the end of the first step: cold, then warm. Raises EngineError."""
+    """Seconds from weights in memory to a server that is ready: cold, then warm. Raises EngineError."""
     figures = []
     with tempfile.TemporaryDirectory(prefix="easel-kernels-") as cache:
         for state in ("cold", "warm"):
@@ -36,7 +36,7 @@ def start_up_figures(options: BenchOptions, form: str) -> list[Figure]:
             figures.append(
                 Figure(
                     key=f"start_up@{state}",
-                    title=f"weights to first step, {state} kernel cache",
+                    title=f"weights to ready, {state} kernel cache",
                     value=found["value"],
                     unit="s",
                     detail={"kernels_compiled": found["kernels_compiled"]},

@@ -62,6 +62,11 @@ class DiffusionGemma:
         self._ropes = {key: Rope(*key, self.device, self.dtype) for key in map(_rope_key, config.layers)}
 
     @property
+    def choices(self) -> tuple[str, ...]:
+        """What the ops chose by measuring, a line each."""
+        return self._ops.chosen
+
+    @property
     def softcap(self) -> float:
         """The bound of the logits' absolute value."""
         return self.config.final_softcap

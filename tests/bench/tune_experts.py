@@ -21,6 +21,7 @@ import torch
 from engine.kernels import grouped
 from engine.kernels.experts import routed
 from engine.kernels.grouped import FORMATS, Tiling, launch_gated, launch_matmul, stored
+from engine.kernels.rounding import round_rows
 from engine.kernels.routing import schedule
 from engine.kernels.tiles import ordered
 from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, Weight, nbytes
@@ -39,7 +40,7 @@ def weight(form: str, experts: int, out: int, width: int) -> Weight:
     match form:
         case "plain":
             return torch.randn(shape, dtype=torch.bfloat16, device="cuda") * width**-0.5
-        case "fp8":
+        case "fp8" | "e4m3":
             return Fp8Weight(bytes_of(*shape).view(torch.float8_e4m3fn), rows)
         case "nvfp4":
             scale = bytes_of(experts, out, width // 16).view(torch.float8_e4m3fn)
@@ -51,7 +52,7 @@ def weight(form: str, experts: int, out: int, width: int) -> Weight:
 
 def tilings(form: str, bm: int, gated: bool) -> Iterator[Tiling]:
     """What is worth trying."""
-    widths = {"plain": (32, 64, 128), "fp8": (64, 128), "nvfp4": (64, 128), "int4": (64, 128)}[form]
+    widths = (32, 64, 128) if form == "plain" else (64, 128)
     for bn, bk, warps, stages in itertools.product((64, 128), widths, (2, 4, 8), (2, 3, 4, 5)):
         if (HIDDEN if gated else WIDTH) % bk and form != "plain":
             continue
@@ -64,19 +65,22 @@ def tilings(form: str, bm: int, gated: bool) -> Iterator[Tiling]:
 def launcher(form: str, gated: bool, experts: int, rows: int, bm: int):  # type: ignore[no-untyped-def]
     """A function that launches one kernel with a tiling, and the bytes of weights it reads."""
     matrix = weight(form, experts, 2 * WIDTH if gated else HIDDEN, HIDDEN if gated else WIDTH)
-    flat = stored(matrix)
+    flat = stored(matrix, eight_bit=form == "e4m3")
     chosen = torch.stack([torch.randperm(experts)[: min(ACTIVE, experts)] for _ in range(rows)]).cuda()
     active = chosen.shape[1]
     tiles = routed(schedule(chosen, experts, bm))
     x = torch.randn(rows if gated else rows * active, flat.width, dtype=torch.bfloat16, device="cuda")
+    eight = round_rows(x) if form == "e4m3" else None
     out = torch.empty(rows * active, WIDTH if gated else HIDDEN, dtype=torch.bfloat16, device="cuda")
 
     def launch(tile: Tiling) -> None:
         with mock.patch.object(grouped, "tiling", lambda *_, **__: tile):
+            given = eight or ordered(x, form, tile.BK)
             if gated:
-                launch_gated(x, flat, tiles, out, bm, active=active, following=form)
+                order = "plain" if form == "e4m3" else form
+                launch_gated(given, flat, tiles, out, bm, active=active, following=order, block=tile.BK)
             else:
-                launch_matmul(ordered(x, form, tile.BK), flat, tiles, out, bm)
+                launch_matmul(given, flat, tiles, out, bm)
 
     return launch, nbytes(matrix)
 

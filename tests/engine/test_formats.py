@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers.models.gemma4.configuration_gemma4 import Gemma4VisionConfig
 from transformers.models.gemma4.modeling_gemma4 import Gemma4VisionModel
 
-from engine.checkpoint import ITEM_BYTES, WEIGHTS, Checkpoint, load_checkpoint
+from engine.checkpoint import ITEM_BYTES, WEIGHTS, Checkpoint, load_checkpoint, plan_checkpoint
 from engine.config import load_model_config, published_config
-from engine.formats import FLOAT_FP8, MODELOPT_NVFP4, PACKED_INT4, Scheme, choose, layout, modules
+from engine.formats import FLOAT_FP8, MODELOPT_NVFP4, PACKED_INT4, Choice, Scheme, choose, layout, modules
 from engine.interface import CheckpointError
 from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, dense, shape
-from engine.quantization_config import load_quantization
+from engine.quantization_config import described, load_quantization
 from engine.tensor_names import tensor_table
 from tests.engine.quantised_models import PUBLISHED, set_quantization, write
 from tests.engine.small_models import CPU, fresh_slots, load_model, random_ids
@@ -237,6 +237,37 @@ def test_static_activation_scales_of_fp8_are_refused(small_checkpoint: Path, tmp
     quantization["config_groups"]["group_0"]["input_activations"] = {"dynamic": False}
     set_quantization(folder, quantization)
     refused(folder, "static activation scales")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "declared"),
+    [
+        ({"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}, True),  # FP8-dynamic as published
+        ({"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": True}, False),
+        ({"num_bits": 8, "type": "int", "strategy": "token", "dynamic": True}, False),
+        (None, False),
+    ],
+)
+def test_whether_inputs_are_declared_8_bit(
+    small_checkpoint: Path, tmp_path: Path, inputs: dict[str, Any] | None, declared: bool
+) -> None:
+    folder = Path(shutil.copytree(small_checkpoint, tmp_path / "copy"))
+    quantization = group(num_bits=8, type="float", strategy="channel", group_size=None) | {"format": "float-quantized"}
+    quantization["config_groups"]["group_0"]["input_activations"] = inputs
+    quantization["ignore"] = ["re:.*router.*"]
+    set_quantization(folder, quantization)
+    read = load_quantization(folder)
+    assert read is not None and read.eight_bit is declared
+    assert plan_checkpoint(folder).eight_bit is declared
+
+
+def test_what_is_quantised_to_fp8_declares_it_too(small_checkpoint: Path, tmp_path: Path) -> None:
+    for choice, declared in ((Choice("fp8", "fp8"), True), (Choice("nvfp4", "fp8"), True), (Choice("nvfp4"), False)):
+        assert choice.eight_bit is declared
+        folder = Path(shutil.copytree(small_checkpoint, tmp_path / f"{choice.experts}-{choice.dense}"))
+        set_quantization(folder, described(choice))
+        read = load_quantization(folder)
+        assert read is not None and read.eight_bit is declared  # what is written says the same
 
 
 def test_columns_that_no_group_divides(small_checkpoint: Path, tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
     kernels = [(re.sub(r"\d+x\d+(x\d+)*", "tile", row[0]), row[1]) for row in rows]
     per_chip = {chip: {name for name, where in kernels if where == str(chip)} for chip in CHIPS}
     assert len(per_chip[90]) > 40
-    assert all(names == per_chip[90] for names in per_chip.values())
+    # chips whose matrix units multiply no 8-bit floats do without
+    eight_bit = {name for name in per_chip[90] if "e4m3" in name or name.startswith("round[")}
+    assert len(eight_bit) > 8
+    assert all(names == per_chip[90] - (eight_bit if chip < 89 else set()) for chip, names in per_chip.items())
     spills = {row[0]: row[3] for row in rows if row[3] not in ("0", "?") and int(row[3]) > 64}
     assert not spills

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import reference
-from engine.kernels.experts import experts
+from engine.kernels.experts import ExpertWay, expert_ways, experts, experts_by, mixture_of
 from engine.kernels.grouped import row_tile, stored
 from engine.kernels.routing import choose, route, schedule, tile_count
 from engine.kernels.weights import Int4Weight
@@ -140,3 +140,41 @@ def test_scales_must_fill_words(device: torch.device) -> None:
     )
     with pytest.raises(ValueError, match="96 columns does not divide by 64"):
         stored(weight)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_any_tile_may_be_chosen(form: str, device: torch.device) -> None:
+    chosen = CHOICES["random"].to(device)
+    x = randn(13, 128, device=device)
+    weights = torch.rand(13, 3, generator=torch.Generator().manual_seed(4)).to(device)
+    gate_up = random_weight(form, 8, 128, 128, seed=1, device=device)
+    down = random_weight(form, 8, 128, 64, seed=2, device=device)
+    expected = reference.experts(x, weights, chosen, gate_up, down)
+    for tile in (32, 64):
+        way = {mixture_of(gate_up, down, 13): ExpertWay(tile)}
+        assert_near(experts(x, weights, chosen, gate_up, down, way), expected)
+
+
+@pytest.mark.parametrize(("gate_up", "down"), [("fp8", "fp8"), ("fp8", "nvfp4"), ("nvfp4", "fp8"), ("plain", "fp8")])
+@pytest.mark.parametrize("tile", [32, 128])
+def test_experts_of_eight_bit_rows(gate_up: str, down: str, tile: int, device: torch.device) -> None:
+    """Rounding x and what is between the two matrices moves the result, see test_kernels_linears."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("this chip multiplies no 8-bit floats")
+    chosen = CHOICES["random"].to(device)
+    x = randn(13, 128, device=device)
+    weights = torch.rand(13, 3, generator=torch.Generator().manual_seed(4)).to(device)
+    first = random_weight(gate_up, 8, 2 * 192, 128, seed=1, device=device)
+    second = random_weight(down, 8, 128, 192, seed=2, device=device)
+    result = experts_by(ExpertWay(tile, True), x, weights, chosen, first, second)
+    assert_near(result, reference.experts(x, weights, chosen, first, second), 6e-2)
+
+
+def test_only_what_may_be_chosen_for_experts_is_offered(device: torch.device) -> None:
+    fp8, nvfp4 = (random_weight(form, 8, 64, 64, seed=1, device=device) for form in ("fp8", "nvfp4"))
+    assert expert_ways(fp8, fp8, 8 * 16, 90, eight_bit=False) == [ExpertWay(32)]
+    assert expert_ways(fp8, fp8, 8 * 64, 90, eight_bit=False) == [ExpertWay(128), ExpertWay(64)]
+    eight = [ExpertWay(128, True), ExpertWay(64, True)]
+    assert expert_ways(fp8, fp8, 8 * 64, 90, eight_bit=True) == [ExpertWay(128), *eight]
+    assert not any(way.eight_bit for way in expert_ways(fp8, fp8, 8 * 64, 86, eight_bit=True))
+    assert not any(way.eight_bit for way in expert_ways(nvfp4, nvfp4, 8 * 64, 90, eight_bit=True))

@@ -5,6 +5,8 @@ Accuracy and steps on many prompts: python -m engine.demo.evaluate --quantize no
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +17,9 @@ from engine.demo import corpus
 from engine.demo.dataset import row_of
 from engine.demo.evaluate import EVALUATION_SEED, HERE, Setup, evaluate
 from engine.formats import choose
+from engine.kernels import reference
 from engine.kernels.reference import REFERENCE
+from engine.kernels.weights import Fp8Weight, Weight
 from engine.kv_cache import KVPool
 from engine.model.gemma4 import DiffusionGemma
 from tests.engine.small_models import CPU
@@ -65,6 +69,47 @@ def test_logits_stay_near(quantize: str, dense: str | None, unquantised: Tensor)
     error, agreement = LIMITS[quantize, dense]
     assert ((quantised - unquantised).square().mean().sqrt() / unquantised.std()).item() < error
     assert (quantised.argmax(-1) == unquantised.argmax(-1)).float().mean().item() > agreement
+
+
+@pytest.fixture(scope="module")
+def fp8() -> Tensor:
+    return logits("fp8", None)
+
+
+@pytest.fixture
+def eight_bit_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference ops with every row that meets an fp8 weight rounded to 8 bit, as on chips where that is faster."""
+
+    def rounded(x: Tensor) -> Tensor:
+        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 448
+        return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+    plain_linear, plain_experts, plain_gate = reference.linear, reference.experts, reference._gate
+
+    def linear(x: Tensor, weight: Weight) -> Tensor:
+        return plain_linear(rounded(x) if isinstance(weight, Fp8Weight) else x, weight)
+
+    def experts(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Weight, down: Weight) -> Tensor:
+        return plain_experts(rounded(x), shares, chosen, gate_up, down)
+
+    monkeypatch.setattr(reference, "linear", linear)
+    monkeypatch.setattr(reference, "_gate", lambda both: rounded(plain_gate(both)))  # what the experts' down reads
+    ops = replace(reference.REFERENCE, linear=linear, experts=experts)
+    monkeypatch.setattr("engine.assemble.REFERENCE", ops)
+    monkeypatch.setattr(f"{__name__}.REFERENCE", ops)
+
+
+def test_logits_stay_near_with_8_bit_rows(fp8: Tensor, eight_bit_rows: None, unquantised: Tensor) -> None:
+    quantised = logits("fp8", None)
+    assert not torch.equal(quantised, fp8)  # rows were rounded
+    error = (quantised - unquantised).square().mean().sqrt() / unquantised.std()
+    assert error.item() < 0.08
+    assert (quantised.argmax(-1) == unquantised.argmax(-1)).float().mean().item() > 0.98
+
+
+def test_replies_stay_right_with_8_bit_rows(eight_bit_rows: None) -> None:
+    found = evaluate(Setup(checkpoint=HERE, quantize="fp8"), 1, families=FAMILIES)
+    assert found.right == dict.fromkeys(FAMILIES, 1.0)
 
 
 @pytest.mark.parametrize("quantize", ["fp8", "nvfp4", "int4"])

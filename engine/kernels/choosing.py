@@ -1,0 +1,226 @@
+"""What start-up chooses by measuring on the very chip: which of several ways to do an op is fastest here.
+
+The ways are those of `linears`, of `experts`, and of self-conditioning's embedding (`output`, `soft_embedding`). Each
+is timed alone, over the weights of several layers, so that no cache holds them, and the usual way stays unless another
+is faster by GAIN: what is as good as equal should not differ from start to start. Knows shapes and functions, no
+layers.
+
+Invariant: what was chosen depends on shapes only, never on what is in the rows or beside them, and does not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+from engine.kernels import output, soft_embedding
+from engine.kernels.chips import chip_of
+from engine.kernels.experts import ExpertWay, Mixture, expert_ways, experts_by, mixture_of
+from engine.kernels.grouped import CLASSES
+from engine.kernels.linears import (
+    TILES,
+    Product,
+    Way,
+    multiply,
+    multiply_gated,
+    order_of,
+    prepare,
+    product_of,
+    ways,
+)
+from engine.kernels.weights import Weight, plain, shape
+
+GAIN = 0.03
+LAYERS = 12  # whose matrices are multiplied in turn: 12 of the smallest dense ones fill no cache of any chip
+EXPERT_LAYERS = 2  # a layer's experts alone are 400 MB and more
+LAPS = 5
+
+T = TypeVar("T")
+Run = Callable[[], object]
+Timer = Callable[[Sequence[Run]], float]  # microseconds that a chip takes for one of some functions, run in turn
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What was chosen, for the ops; and what to tell of it."""
+
+    linears: Mapping[Product, Way] = field(default_factory=dict)
+    experts: Mapping[Mixture, ExpertWay] = field(default_factory=dict)
+    sparse_rows: int | None = None  # rows whose soft embedding goes by `soft_embedding`
+    told: tuple[str, ...] = ()
+
+
+class GraphTimer:
+    """Times functions as captured ones run: without what launching costs the host."""
+
+    def __call__(self, runs: Sequence[Run]) -> float:
+        runs[0]()  # compiles, and sets libraries up
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for run in runs:
+                run()
+        graph.replay()
+        laps = []
+        for _ in range(LAPS):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            laps.append(begin.elapsed_time(end))
+        return float(1000 * min(laps) / len(runs))
+
+
+@torch.inference_mode()
+def choose(
+    weights: Mapping[str, Weight], *, active: int, canvas: int, scale: float, eight_bit: bool, time: Timer
+) -> Choices:
+    """Measure all ways to multiply by these weights; names as in `Checkpoint.tensors`. `active`: experts of a row;
+    `canvas`: rows of one; `scale`: of the embedding; `eight_bit`: see `Checkpoint`."""
+    layers = _layers(weights)
+    embedding = plain(weights["embedding"])
+    told: list[str] = []
+    linears: dict[Product, Way] = {}
+    experts: dict[Mixture, ExpertWay] = {}
+    for rows in CLASSES:
+        _choose_linears(layers, rows, eight_bit, time, linears, told)
+        _choose_experts(layers, rows, active, eight_bit, time, experts, told)
+    sparse = _sparse_is_faster(embedding, canvas, scale, time, told)
+    if embedding.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return Choices(linears, experts, canvas if sparse else None, tuple(told))
+
+
+def _layers(weights: Mapping[str, Weight]) -> list[dict[str, Weight]]:
+    """Each layer's weights by kind."""
+    found: dict[str, dict[str, Weight]] = {}
+    for name, weight in weights.items():
+        prefix, _, kind = name.rpartition(".")
+        if prefix.startswith("layers."):
+            found.setdefault(prefix, {})[kind] = weight
+    return list(found.values())
+
+
+def fastest(usual: T, others: Iterable[T], timed: Callable[[T], float], what: str, told: list[str]) -> T:
+    """The usual one unless another is faster by GAIN. One that this chip or its libraries refuse is passed over, and
+    told of; a device that failed is not."""
+    before = best = timed(usual)
+    chosen = usual
+    for other in others:
+        try:
+            taken = timed(other)
+        except (RuntimeError, triton.TritonError) as error:
+            if isinstance(error, torch.AcceleratorError):
+                raise
+            told.append(f"{what}: {other} is refused ({str(error).strip().splitlines()[0][:80]})")
+            continue
+        if taken < best and taken < (1 - GAIN) * before:
+            chosen, best = other, taken
+    told.append(f"{what}: {chosen}, {best:.0f} us" + (f" instead of {before:.0f}" if chosen != usual else ""))
+    return chosen
+
+
+def _choose_linears(
+    layers: Sequence[Mapping[str, Weight]],
+    rows: int,
+    eight_bit: bool,
+    time: Timer,
+    linears: dict[Product, Way],
+    told: list[str],
+) -> None:
+    """For every kind of quantised dense matrix; those behind a gate first, which decide how its result is ordered."""
+    groups: dict[Product, list[tuple[Weight, Weight]]] = {}  # the matrix, and the one behind it or itself
+    for kind in ("qkv", "out", "down", "gate_up"):
+        for layer in layers:
+            weight = layer[kind]
+            if not isinstance(weight, Tensor):
+                gated = kind == "gate_up"
+                product = product_of(weight, rows, gated=gated)
+                groups.setdefault(product, []).append((weight, layer["down"] if gated else weight))
+    for product, pairs in groups.items():
+        x = _rows(plain_like(layers), rows, product.width)
+
+        def timed(
+            way: Way, x: Tensor = x, product: Product = product, pairs: list[tuple[Weight, Weight]] = pairs
+        ) -> float:
+            return time([partial(_multiply, x, *pair, way, product, linears) for pair in pairs[:LAYERS]])
+
+        usual, *others = ways(product.form, rows, chip_of(x.device), eight_bit=eight_bit)
+        linears[product] = fastest(usual, others, timed, str(product), told)
+
+
+def _multiply(
+    x: Tensor, weight: Weight, following: Weight, way: Way, product: Product, linears: Mapping[Product, Way]
+) -> Tensor:
+    """What `linear` and `gated_mlp` do with one matrix."""
+    given = prepare(x, weight, way, gated=product.gated)
+    if not product.gated:
+        return multiply(given, weight, way)
+    rows = x.shape[0]
+    second = TILES if isinstance(following, Tensor) else linears[product_of(following, rows, gated=False)]
+    return multiply_gated(given, weight, way, order_of(following, rows, second))
+
+
+def plain_like(layers: Sequence[Mapping[str, Weight]]) -> Tensor:
+    """A tensor of the dtype and on the device of what is not quantised."""
+    return plain(layers[0]["router"])
+
+
+def _rows(like: Tensor, rows: int, width: int) -> Tensor:
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.randn(rows, width, generator=generator, device=like.device).to(like.dtype)
+
+
+def _choose_experts(
+    layers: Sequence[Mapping[str, Weight]],
+    rows: int,
+    active: int,
+    eight_bit: bool,
+    time: Timer,
+    experts: dict[Mixture, ExpertWay],
+    told: list[str],
+) -> None:
+    """For every kind of experts, on random choices: about as many rows for each as in a real pass."""
+    groups: dict[Mixture, list[tuple[Weight, Weight]]] = {}
+    for layer in layers:
+        pair = layer["expert_gate_up"], layer["expert_down"]
+        groups.setdefault(mixture_of(*pair, rows), []).append(pair)
+    for mixture, pairs in groups.items():
+        count, _, width = shape(pairs[0][0])
+        x = _rows(plain_like(layers), rows, width)
+        chosen = _rows(x, rows, count).float().topk(active, dim=-1).indices
+        shares = torch.full((rows, active), 1 / active, device=x.device)
+
+        def timed(
+            way: ExpertWay,
+            x: Tensor = x,
+            chosen: Tensor = chosen,
+            shares: Tensor = shares,
+            pairs: list[tuple[Weight, Weight]] = pairs,
+        ) -> float:
+            return time([partial(experts_by, way, x, shares, chosen, *pair) for pair in pairs[:EXPERT_LAYERS]])
+
+        usual, *others = expert_ways(*pairs[0], rows * active, chip_of(x.device), eight_bit=eight_bit)
+        experts[mixture] = fastest(usual, others, timed, str(mixture), told)
+
+
+def _sparse_is_faster(embedding: Tensor, canvas: int, scale: float, time: Timer, told: list[str]) -> bool:
+    """Whether a canvas is better served by looking for the ids that matter. A canvas begins unsure, where all of them
+    do, and ends sure, where one a position does: each is taken for half of its steps."""
+    vocab = embedding.shape[0]
+    sure, unsure = embedding.new_zeros(canvas, vocab), embedding.new_full((canvas, vocab), 1 / vocab)
+    places = torch.arange(canvas, device=embedding.device)
+    sure[places, places * 7919 % vocab] = 1  # rows of the table that no cache holds
+
+    def timed(way: str) -> float:
+        op = soft_embedding.soft_embedding if way == "sparse" else output.soft_embedding
+        return time([partial(op, shares, embedding, scale) for shares in (sure, unsure)])
+
+    what = f"soft embedding {vocab}x{embedding.shape[1]} of {canvas} rows"
+    return fastest("dense", ["sparse"], timed, what, told) == "sparse"
