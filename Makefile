@@ -2,6 +2,7 @@
 #   make serve [PORT=8123] [ARGS="--model ..."]   install if need be, start the server with the bundled demo model
 #   make test  [ARGS="-k canvas"]                 the whole test suite
 #   make test-clients                             other people's clients against the server; installs them first
+#   make test-load                                guidellm and aiperf against it; installs seven gigabytes first
 #   make test-image [ARGS="--target cuda"]        build the container image without Docker, and chat with it (as root)
 #   make fuzz  [CASES=100000]                     the fuzz tests of the suite with so many cases
 #   make check                                    ruff, ruff format, mypy --strict, import contracts, pip-audit where it can run
@@ -26,10 +27,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --pro
 FAILED := { grep -v '^WARNING' $(LOG) | tail -n 15 >&2; echo "The installation failed; all of it is in $(LOG)." >&2; exit 1; }
 
 .NOTPARALLEL:
-.PHONY: help serve test test-clients test-image fuzz check audit bench schemas web kernels clean
+.PHONY: help serve test test-clients test-load test-image fuzz check audit bench schemas web kernels clean
 
 help:
-	@sed -n '2,11s/^#   //p' Makefile
+	@sed -n '2,13s/^#   //p' Makefile
 
 serve: $(STAMP)-run
 	@exec $(BIN)/easel serve $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -55,23 +56,30 @@ kernels: $(STAMP)-run
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile
 
 test: $(STAMP)-test
-	@$(if $(ARGS),,$(MAKE) -s --no-print-directory .venv-clients/.installed || echo "Their tests are left out.")
-	@if $(if $(ARGS),false,[ -e .venv-clients/.installed ]); then \
-	  $(CLIENTS) >.venv-clients/test.log 2>&1 & clients=$$!; \
+	@$(if $(ARGS),,$(MAKE) -s --no-print-directory $(CLIENTS) || echo "Their tests are left out.")
+	@if $(if $(ARGS),false,[ -e .venv-clients/.installed ] && [ -e .venv-clients-openai3/.installed ]); then \
+	  { $(call TRY,.venv-clients) && $(call TRY,.venv-clients-openai3,$(OF_OPENAI3)); } >.venv-clients/test.log 2>&1 & clients=$$!; \
 	fi; \
 	$(if $(ARGS),,OMP_NUM_THREADS=1) $(BIN)/python -m pytest $(if $(ARGS),$(ARGS),$(PARALLEL)); status=$$?; \
 	if [ -n "$$clients" ]; then \
-	  if wait $$clients; then echo "clients: $$(tail -n 1 .venv-clients/test.log)"; \
+	  if wait $$clients; then sed -n 's/^=* \(.* passed.*\) =*$$/clients: \1/p' .venv-clients/test.log; \
 	  else cat .venv-clients/test.log; status=1; fi; \
 	fi; \
 	exit $$status
 
-# The clients live in an environment of their own: some of them want other versions than the server does.
-CLIENTS := SERVER_PYTHON=$(abspath $(BIN)/python) .venv-clients/bin/python -m pytest -p no:cacheprovider \
-	  -c tests/clients/pytest.ini --rootdir tests/clients tests/clients
+# The clients live in environments of their own: some want other versions than the server does, or than each other.
+CLIENTS := .venv-clients/.installed .venv-clients-openai3/.installed
+TRY = SERVER_PYTHON=$(abspath $(BIN)/python) $(1)/bin/python -m pytest -p no:cacheprovider \
+	  -c tests/clients/pytest.ini --rootdir tests/clients $(or $(addprefix tests/clients/,$(2)),tests/clients)
+OF_OPENAI3 := test_openai.py test_pydantic_ai.py
+NONE_CHOSEN := [ $$? = 5 ]
 
-test-clients: $(STAMP)-test .venv-clients/.installed .venv-clients/.installed-node
-	$(CLIENTS) $(ARGS)
+test-clients: $(STAMP)-test $(CLIENTS) .venv-clients/.installed-node
+	$(call TRY,.venv-clients) $(ARGS) || $(NONE_CHOSEN)
+	$(call TRY,.venv-clients-openai3,$(OF_OPENAI3)) $(ARGS) || $(NONE_CHOSEN)
+
+test-load: $(STAMP)-test .venv-load/.installed
+	$(call TRY,.venv-load,test_load.py) $(ARGS)
 
 # Takes buildah and debootstrap; what they make stays in build/image.
 test-image: | $(BIN)/python
@@ -102,7 +110,7 @@ audit: .venv-audit/.installed
 	  'pip-audit>=2.7,<3' >.venv-audit/install.log 2>&1; then echo installed >$@; else : >$@; fi
 
 clean:
-	rm -rf .venv .venv-clients .venv-audit tests/clients/node/node_modules server/web/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-clients .venv-clients-openai3 .venv-load .venv-audit tests/clients/node/node_modules server/web/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(STAMP)-run: $(INPUTS) | $(BIN)/python
 	@echo "Installing easel into .venv (the first time takes a few minutes) ..."
@@ -114,11 +122,14 @@ $(STAMP)-test $(STAMP)-dev: $(STAMP)-%: $(INPUTS) | $(BIN)/python
 	@$(PIP) -e '.[$*]' >$(LOG) 2>&1 || $(FAILED)
 	@touch $@
 
-.venv-clients/.installed: tests/clients/requirements.txt | $(BIN)/python
-	@echo "Installing the clients into .venv-clients (the first time takes a few minutes) ..."
-	@$(BIN)/python -m venv .venv-clients
-	@.venv-clients/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off \
-	  -r $< >.venv-clients/install.log 2>&1 || { tail -n 15 .venv-clients/install.log >&2; exit 1; }
+.venv-clients/.installed: tests/clients/requirements.txt
+.venv-clients-openai3/.installed: tests/clients/requirements-openai3.txt
+.venv-load/.installed: tests/clients/requirements-load.txt
+$(CLIENTS) .venv-load/.installed: | $(BIN)/python
+	@echo "Installing $(notdir $<) of the clients into $(@D) (the first time takes a few minutes) ..."
+	@$(BIN)/python -m venv $(@D)
+	@$(@D)/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off \
+	  -r $< >$(@D)/install.log 2>&1 || { tail -n 15 $(@D)/install.log >&2; exit 1; }
 	@touch $@
 
 # Without npm the clients of Node are left out, and the tests say so.

@@ -309,7 +309,7 @@ class _Schema:
     def _object(self, node: Json, depth: int) -> str | None:
         named: Json = dict(node.get("properties") or {})
         required = [name for name in node.get("required") or () if isinstance(name, str)]
-        unnamed = node.get("additionalProperties", not named)
+        unnamed = node.get("additionalProperties", "properties" not in node)  # none declared: none, not any
         for name in required:
             named.setdefault(name, node.get("additionalProperties", True))
         pairs: list[tuple[str, bool]] = []

@@ -23,6 +23,7 @@ Json = dict[str, Any]
 
 MAX_TEXT = 65_536  # characters of a regular expression or a grammar
 MAX_CHOICES = 10_000
+NO_PARAMETERS: Json = {"type": "object", "properties": {}}  # what a function without any takes, as OpenAI reads it
 _QUOTE, _CALL_OPEN, _CALL_CLOSE = '<|"|>', "<|tool_call>", "<tool_call|>"
 
 
@@ -64,7 +65,7 @@ def _callable(task: ChatTask) -> dict[str, Any]:
     """Schemas by name of the tools that may be called."""
     functions = [tool["function"] for tool in task.tools]
     return {
-        function["name"]: (function.get("parameters") or {}) if held(task, function) else {}
+        function["name"]: (function.get("parameters") or NO_PARAMETERS) if held(task, function) else {}
         for function in functions
         if task.callable is None or function["name"] in task.callable
     }

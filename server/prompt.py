@@ -232,6 +232,11 @@ class PromptRenderer:
         if most is not None and at_least > most:
             raise PromptTooLong(at_least)
 
+    def require_known(self, ids: Sequence[int], param: str) -> None:
+        """Raises ApiError (400) if an id is outside the vocabulary."""
+        if not all(0 <= token_id < self._known_ids for token_id in ids):
+            raise invalid(f"Token ids must be from 0 to {self._known_ids - 1}", param=param)
+
     def raw(self, prompt: str | Sequence[int], most: int | None = None) -> Prompt:
         """A prompt that the client wrote whole: control tokens in its text count, and it begins with `<bos>`.
 
@@ -240,8 +245,7 @@ class PromptRenderer:
         """
         if not isinstance(prompt, str):
             ids = tuple(prompt)
-            if not all(0 <= token_id < self._known_ids for token_id in ids):
-                raise invalid(f"Token ids must be from 0 to {self._known_ids - 1}", param="prompt")
+            self.require_known(ids, "prompt")
         else:
             self._bound(len(prompt), most)
             ids = tuple(self.encode_raw(prompt, begin=True))

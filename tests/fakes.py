@@ -9,8 +9,8 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -155,6 +155,27 @@ def script(*canvases: str, **options: Any) -> Script:
     return Script([tokenizer.encode(text, add_special_tokens=False).ids for text in canvases], **options)
 
 
+def engine_info(
+    name: str, *, canvas_length: int, context_length: int, vocab_size: int, eos_ids: Iterable[int]
+) -> EngineInfo:
+    """What an engine without weights says of itself."""
+    return EngineInfo(
+        model_path=name,
+        canvas_length=canvas_length,
+        context_length=context_length,
+        vocab_size=vocab_size,
+        eos_ids=frozenset(eos_ids),
+        device="cpu",
+        dtype="float32",
+        format="f32",
+        kernels="reference",
+        parameters=0,
+        weight_bytes=0,
+        kv_bytes=0,
+        load_seconds=0.0,
+    )
+
+
 @dataclass
 class _Running:
     request: Request
@@ -229,20 +250,10 @@ class FakeEngine:
 
     @property
     def info(self) -> EngineInfo:
-        return EngineInfo(
-            model_path="fake",
-            canvas_length=64,
-            context_length=self.context_length,
-            vocab_size=512,
-            eos_ids=frozenset({1, 106, 50}),
-            device="cpu",
-            dtype="float32",
-            format="fp32",
-            kernels="reference",
-            parameters=0,
-            weight_bytes=0,
-            kv_bytes=0,
-            load_seconds=0.0,
+        return replace(
+            engine_info(
+                "fake", canvas_length=64, context_length=self.context_length, vocab_size=512, eos_ids={1, 106, 50}
+            ),
             image_tokens=self.image_tokens,
             image_id=CONTROL["<|image|>"] if self.image_tokens else None,
         )

@@ -6,6 +6,7 @@ Knows the engine's parts; no weights. Invariant: logits are a function of the co
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from engine.kernels.reference_output import Draw, Reading, read_logits
 from engine.kv_cache import KVCache
 from engine.pages import PagePool, pages_of_a_slot
 from engine.prefix_cache import PrefixCache
+from tests.fakes import engine_info
 
 Choose = Callable[[list[int], Tensor], Tensor]  # committed ids, canvas int64 [C] -> logits float32 [C, V]
 
@@ -113,21 +115,26 @@ def scripted_engine(
     slots: int = 1,
 ) -> DiffusionEngine:
     """An engine that says what `choose` wants; a canvas takes `steps` passes at most."""
-    info = EngineInfo(
-        model_path="scripted",
-        canvas_length=canvas_length,
-        context_length=context,
-        vocab_size=vocab_size,
-        eos_ids=frozenset(eos_ids),
-        device="cpu",
-        dtype="float32",
-        format="f32",
-        kernels="reference",
-        parameters=0,
-        weight_bytes=0,
-        kv_bytes=0,
-        load_seconds=0.0,
+    return engine_around(
+        Model(choose, canvas_length, vocab_size),
+        bare_caches(slots, context, ahead=CHUNK + canvas_length),
+        engine_info(
+            "scripted",
+            canvas_length=canvas_length,
+            context_length=context,
+            vocab_size=vocab_size,
+            eos_ids=eos_ids,
+        ),
+        steps=steps,
+        max_waiting=64,
+        commit_chunk=CHUNK,
     )
+
+
+def engine_around(
+    model: Any, caches: list[KVCache], info: EngineInfo, *, steps: int, max_waiting: int, commit_chunk: int
+) -> DiffusionEngine:
+    """The real engine around a model of one's own; a canvas takes `steps` passes at most."""
     schedule = GenerationDefaults(
         max_denoising_steps=steps,
         t_min=0.4,
@@ -138,14 +145,7 @@ def scripted_engine(
         eos_ids=info.eos_ids,
         pad_id=0,
     )
-    return DiffusionEngine(
-        Model(choose, canvas_length, vocab_size),  # type: ignore[arg-type]
-        bare_caches(slots, context, ahead=CHUNK + canvas_length),
-        schedule,
-        info,
-        max_waiting=64,
-        commit_chunk=CHUNK,
-    )
+    return DiffusionEngine(model, caches, schedule, info, max_waiting=max_waiting, commit_chunk=commit_chunk)
 
 
 def babble(vocab_size: int, scale: float = 3.0, liking: Mapping[int, float] | None = None) -> Choose:

@@ -273,6 +273,12 @@ class MessagesRequest(CountRequest):
         self.structure()
         return self
 
+    @model_validator(mode="after")
+    def _check_prefill(self) -> MessagesRequest:
+        if self.messages[-1].role == "assistant":
+            raise refuse("messages", "must end with the user's: the beginning of a reply cannot be given here")
+        return self
+
     def structure(self) -> Structure | None:
         """The form asked for."""
         new = read_format("output_config.format", self.output_config.format) if self.output_config else None

@@ -123,6 +123,15 @@ class AskedResponse:
             "top_p": 1.0 if request.top_p is None else request.top_p,
             "truncation": "disabled",
             "metadata": request.metadata or {},
+            "presence_penalty": self.task.presence_penalty,
+            "frequency_penalty": self.task.frequency_penalty,
+            # no use is made of these; Open Responses wants them said all the same
+            "max_tool_calls": request.max_tool_calls,
+            "service_tier": "default",
+            "safety_identifier": request.safety_identifier,
+            "prompt_cache_key": request.prompt_cache_key,
+            "user": request.user,
+            "usage": None,
         }
 
 

@@ -233,6 +233,10 @@ class ResponsesRequest(DrawFields, GuidedFields):
     text: TextOptions | None = None
     include: list[str] | None = None
     metadata: dict[str, str] | None = None
+    max_tool_calls: int | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    user: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="before")

@@ -104,7 +104,9 @@ def tokenize(service: ChatService, document: bytes) -> Json:
 
 def detokenize(service: ChatService, document: bytes) -> Json:
     """The text of ids, control tokens by name. Raises ApiError (400)."""
-    text = service.prompts.decode(parse(DetokenizeRequest, document).tokens)
+    ids = parse(DetokenizeRequest, document).tokens
+    service.prompts.require_known(ids, "tokens")
+    text = service.prompts.decode(ids)
     return {"prompt": text, "content": text}
 
 

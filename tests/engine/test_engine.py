@@ -12,12 +12,10 @@ from torch import Tensor
 
 from engine import options as choices
 from engine.assemble import buckets, choose_kernels
-from engine.config import GenerationDefaults
 from engine.engine import DiffusionEngine
 from engine.interface import (
     CanvasDone,
     EngineError,
-    EngineInfo,
     EngineOptions,
     Event,
     Finished,
@@ -29,7 +27,8 @@ from engine.interface import (
 )
 from engine.kernels.reference_output import Draw, Reading, read_logits
 from engine.kv_cache import KVCache
-from tests.scripted_engine import Plan, bare_caches
+from tests.fakes import engine_info
+from tests.scripted_engine import Plan, bare_caches, engine_around
 
 C, V = 4, 40
 EOS = 1
@@ -107,36 +106,11 @@ def make(
     slots: int = 1,
     pages: int | None = None,
 ) -> DiffusionEngine:
-    info = EngineInfo(
-        model_path="scripted",
-        canvas_length=C,
-        context_length=context,
-        vocab_size=V,
-        eos_ids=frozenset({EOS}),
-        device="cpu",
-        dtype="float32",
-        format="f32",
-        kernels="reference",
-        parameters=0,
-        weight_bytes=0,
-        kv_bytes=0,
-        load_seconds=0.0,
-    )
-    schedule = GenerationDefaults(
-        max_denoising_steps=5,
-        t_min=0.4,
-        t_max=0.8,
-        entropy_bound=0.1,
-        stability_threshold=1,
-        confidence_threshold=0.005,
-        eos_ids=info.eos_ids,
-        pad_id=0,
-    )
-    return DiffusionEngine(
-        model,  # type: ignore[arg-type]
+    return engine_around(
+        model,
         bare_caches(slots, context, ahead=max(commit_chunk, C) + C, pages=pages),
-        schedule,
-        info,
+        engine_info("scripted", canvas_length=C, context_length=context, vocab_size=V, eos_ids={EOS}),
+        steps=5,
         max_waiting=max_waiting,
         commit_chunk=commit_chunk,
     )

@@ -156,6 +156,13 @@ def test_the_history_is_rendered_as_the_same_chat_would_be(serve: Serve) -> None
     assert prompt(client, 0) == prompt(client, 1)
 
 
+def test_the_beginning_of_a_reply_is_refused(serve: Serve) -> None:
+    begun = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "It is"}]
+    answer = ask(serve(script("x")), messages=begun)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert "must end with the user's" in answer.json()["error"]["message"]
+
+
 def test_count_tokens_is_what_a_message_would_be_charged(serve: Serve) -> None:
     client = serve(script("x"))
     fields = {"system": "Be kind.", "tools": [TOOL], "thinking": {"type": "enabled", "budget_tokens": 1024}}

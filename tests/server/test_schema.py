@@ -81,6 +81,9 @@ REFUSED = {
     "echo": True,
     "min_tokens": 5,
     "ignore_eos": True,
+    "include_stop_str_in_output": True,
+    "skip_special_tokens": False,
+    "truncate_prompt_tokens": 5,
     "structured_outputs": {"structural_tag": "{}"},
     "tool_choice": "sometimes",
 }

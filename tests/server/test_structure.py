@@ -343,6 +343,13 @@ def test_how_many_calls_there_are_and_of_which_tools() -> None:
     assert {name for names in called(callable=("g", "h")) for name in names} == {"g", "h"}
 
 
+@pytest.mark.parametrize("schema", [None, {}, {"type": "object", "properties": {}}])
+def test_a_function_without_parameters_is_called_without_arguments(schema: Any) -> None:
+    found = [read(task, ids).calls for task in [tool_task(schema)] for ids in replies(task, count=8)]
+    assert found
+    assert all(json.loads(call.arguments) == {} for calls in found for call in calls)
+
+
 def _chain(length: int, step: Callable[[Any], Any]) -> dict[str, Any]:
     links = {f"d{index}": step({"$ref": f"#/$defs/d{index - 1}"}) for index in range(1, length)}
     return {"$ref": f"#/$defs/d{length - 1}", "$defs": {"d0": {"type": "integer"}, **links}}

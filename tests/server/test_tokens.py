@@ -79,6 +79,7 @@ def test_the_rendered_prompt(post: Any) -> None:
         ("/tokenize", {"prompt": "a", "model": "other"}),
         ("/detokenize", {}),
         ("/detokenize", {"tokens": [-1]}),
+        ("/detokenize", {"tokens": [99_999]}),
         ("/detokenize", {"tokens": ["a"]}),
         ("/apply-template", {}),
         ("/apply-template", {"messages": MESSAGES, "chat_template_kwargs": {"messages": []}}),

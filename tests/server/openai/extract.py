@@ -3,7 +3,7 @@
     python tests/server/openai/extract.py FULL_DESCRIPTION.yaml      # writes description.json beside this file
 
 The full document (github.com/openai/openai-openapi, MIT licence) has three megabytes and a hundred paths. What is
-kept means the same; documentation texts and examples are dropped.
+kept means the same but for NULL_TOO; documentation texts and examples are dropped.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ PATHS = {
     "/models/{model}": ("get",),
 }
 ALSO = ("CreateChatCompletionStreamResponse", "ResponseStreamEvent", "ErrorResponse")  # described in prose only
+# OpenAI's own answers have null here, and Open Responses asks for it; the description forgot to say so.
+NULL_TOO = (("Response", "usage"), ("ModelResponseProperties", "user"))
 DROPPED = {"description", "summary", "x-oaiMeta", "example", "examples", "tags", "x-stainless-const", "externalDocs"}
 
 
@@ -68,6 +70,10 @@ def main(source: str) -> None:
         name = missing.pop()
         schemas[name] = plain(full["components"]["schemas"][name])
         missing |= references(schemas[name]) - schemas.keys()
+    for name, key in NULL_TOO:
+        for part in (schemas[name], *schemas[name].get("allOf", ())):
+            if key in part.get("properties", {}):
+                part["properties"][key] = {"anyOf": [part["properties"][key], {"type": "null"}]}
     document = {
         "openapi": full["openapi"],
         "info": {
