@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ from server.app import AppSettings, create_app
 from server.bridge import Bridge
 from server.chat import ChatService
 from server.config import DEMO_CHECKPOINT, ServerSettings, Settings, SettingsError, easel_version
-from server.connections import HEAD_BYTES, Connection
+from server.connections import BACKLOG, HEAD_BYTES, bounded
 from server.prompt import PromptRenderer
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ def serve(settings: Settings) -> None:
         try:
             server = uvicorn.Server(_uvicorn_config(service, settings, keys, tracing))
             _keep_what_is_there()
-            listener.listen()  # from here on clients are not refused, so what the screen says is true
-            _start_screen(settings, service, url(listener), keys)
+            listener.listen(BACKLOG)  # from here on clients are not refused, so what the screen says is true
+            _show_screen(settings, service, url(listener), keys)
             server.run(sockets=[listener])
         except KeyboardInterrupt:
             logger.info("stopped")
@@ -77,15 +77,23 @@ def _keep_what_is_there() -> None:
     gc.freeze()
 
 
+def _show_screen(settings: Settings, service: ChatService, address: str, keys: tuple[str, ...]) -> None:
+    try:
+        _start_screen(settings, service, address, keys)
+    except OSError as error:  # a full disk, or nobody behind the pipe: no reason not to serve
+        logger.warning("the start screen cannot be shown: %s", error)
+        sys.stdout = open(os.devnull, "w")  # or what is left of it would fail once more at the end
+
+
 def _end(bridge: Bridge, *, forced: bool) -> None:
     """Close the engine; leave at once where it cannot be, or with the status that says that it failed."""
     ended = bridge.close(0) if not forced else bridge.close(0, wait_seconds=_FORCED_SECONDS)
-    if bridge.failure is not None:
-        print(f"easel: the engine stopped: {' '.join(bridge.failure.split())}", file=sys.stderr)
+    with suppress(OSError):  # a full disk must not change how this ends
+        if bridge.failure is not None:
+            print(f"easel: the engine stopped: {' '.join(bridge.failure.split())}", file=sys.stderr, flush=True)
     if not ended:
         # The engine's thread stands in a step that does not end: no orderly way out waits for less than it.
         logging.shutdown()
-        sys.stderr.flush()
         os._exit(ENGINE_GONE)
     if bridge.failure is not None:
         sys.exit(ENGINE_GONE)
@@ -195,8 +203,9 @@ def _uvicorn_config(
     )
     return uvicorn.Config(
         application,
-        http=Connection,
+        http=bounded(),
         ws="none",
+        backlog=BACKLOG,
         h11_max_incomplete_event_size=HEAD_BYTES,
         log_config=None,  # the log goes where ours goes
         log_level="warning",

@@ -279,6 +279,19 @@ def test_what_is_no_request_gets_an_error(live: Live, sent: bytes, status: int) 
     assert live.chat().status_code == 200
 
 
+def test_nonsense_behind_an_answer_ends_the_connection(live: Live, caplog: pytest.LogCaptureFixture) -> None:
+    chunked = b"POST /nothing HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    connection = live.send(chunked)
+    connection.settimeout(20)
+    assert connection.recv(65536).startswith(b"HTTP/1.1 404 ")  # before the body has come
+    connection.sendall(b"zz\r\n")
+    with contextlib.suppress(ConnectionResetError):
+        assert connection.recv(65536) == b""
+    connection.close()
+    assert live.chat().status_code == 200
+    assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
+
+
 def test_half_a_head_is_cut_off(live: Live) -> None:
     for sent in (b"", b"GET /health HTTP/1.1\r\nHost: a\r\n"):
         connection = live.send(sent)
