@@ -204,6 +204,17 @@ def test_there_are_no_more_connections_than_files(start: Callable[..., Process])
     assert (status, "Too many open files" in said) == (0, False)
 
 
+def test_one_that_was_killed_comes_back_on_its_port(start: Callable[..., Process]) -> None:
+    process = start("FakeEngine([LONG])")
+    lines = streaming(process)
+    process.running.kill()
+    with pytest.raises(httpx.TransportError):
+        list(lines)
+    assert process.end()[0] == -signal.SIGKILL
+    again = start("FakeEngine([script('Hello')])", "--port", process.address.rpartition(":")[2])
+    assert "Hello" in httpx.post(f"{again.address}/v1/chat/completions", json=BODY, timeout=20).text
+
+
 def test_the_screen_says_who_may_ask(start: Callable[..., Process]) -> None:
     process = start("FakeEngine([script('x')])")
     assert "  access   no API key\n" in process.screen
