@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -38,8 +39,22 @@ if TYPE_CHECKING:
 
 DEMO_NAME = "easel-demo"
 ENGINE_GONE = 1  # exit status; 2 says that a setting is wrong, which starting again does not help
+_LAST_WORDS = 2.0  # seconds that a reply which was cut off gets to say so
 _FORCED_SECONDS = 5.0  # what the engine's thread gets when the user said twice that it is enough
 logger = logging.getLogger("easel")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which tells the bridge too when it is told to stop: what does not end in time gets an error."""
+
+    def __init__(self, config: uvicorn.Config, bridge: Bridge, drain: float) -> None:
+        super().__init__(config)
+        self._bridge, self._drain = bridge, drain
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End what runs."""
+        self._bridge.close(self._drain, wait_seconds=0)
+        await super().shutdown(sockets)
 
 
 def serve(settings: Settings) -> None:
@@ -60,7 +75,7 @@ def serve(settings: Settings) -> None:
         service = ChatService(bridge, renderer(bridge.info), model_names(settings))
         bridge.start()
         try:
-            server = uvicorn.Server(_uvicorn_config(service, settings, keys, tracing))
+            server = _Server(_uvicorn_config(service, settings, keys, tracing), bridge, settings.server.drain)
             _keep_what_is_there()
             listener.listen(BACKLOG)  # from here on clients are not refused, so what the screen says is true
             _show_screen(settings, service, url(listener), keys)
@@ -193,7 +208,7 @@ def _uvicorn_config(
             keys=Keys(keys),
             names=_names(told, keys),
             cors_origins=told.cors_origin,
-            drain_seconds=told.drain,
+            drain_seconds=told.drain + _LAST_WORDS,
             request_seconds=told.request_timeout,
             max_body_bytes=int(told.max_body * 1e6),
             max_messages=told.max_messages,
@@ -211,7 +226,7 @@ def _uvicorn_config(
         log_level="warning",
         access_log=False,  # ours has the request's id, and how long it took
         server_header=False,
-        timeout_graceful_shutdown=int(told.drain) + 2,  # streams end themselves first, and say why
+        timeout_graceful_shutdown=int(told.drain + _LAST_WORDS) + 2,  # streams end themselves first, and say why
     )
 
 

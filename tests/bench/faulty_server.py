@@ -72,7 +72,7 @@ def faulty(engine: Any, faults: Faults) -> Engine:
     step, logprobs, reserve = denoiser.step, denoiser.logprobs, type(engine.parts.caches[0]).reserve
 
     def stepping(canvases: Any, caches: Any, commits: Any = ()) -> None:
-        faults.at("commit" if commits and _replied(engine) else "prefill" if commits else "denoise")
+        faults.at(*(_kind(engine, cache) for _, cache in commits)) if commits else faults.at("denoise")
         step(canvases, caches, commits)
 
     def reading(canvas: Any) -> Any:
@@ -88,9 +88,11 @@ def faulty(engine: Any, faults: Faults) -> Engine:
     return engine  # type: ignore[no-any-return]
 
 
-def _replied(engine: Any) -> bool:
-    """Whether a running reply has a canvas: what is committed then is no prompt."""
-    return any(slot.reply.canvases for slot in engine._scheduler.running)
+def _kind(engine: Any, cache: Any) -> str:
+    """What is committed to a slot's cache: part of a prompt, or a canvas of a reply, which may have ended."""
+    owners = (slot for slot in engine._scheduler.running if engine._seating.seats[slot.index].cache is cache)
+    slot = next(owners, None)
+    return "prefill" if slot is not None and not slot.reply.canvases else "commit"
 
 
 def held(service: ChatService, engine: Any) -> dict[str, Any]:

@@ -106,7 +106,8 @@ async def slow_writer(port: int, pause: float) -> str:
 
 async def slow_reader(port: int, *, pause: float | None) -> str:
     """Asks for a lot and reads a little at a time; with `pause` None nothing at all."""
-    asked = {**STORY, "stream": True, "n": 8, "logprobs": True, "top_logprobs": 20, "seed": 1}
+    choices = 8 if pause is None else 1  # 0.3 MB each: more than the system's buffers take
+    asked = {**STORY, "stream": True, "n": choices, "logprobs": True, "top_logprobs": 20, "seed": 1}
     own = socket.socket()
     own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     own.setblocking(False)

@@ -147,8 +147,8 @@ def test_what_does_not_end_in_time_is_told(start: Callable[..., Process]) -> Non
     lines = streaming(process)
     process.running.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    with pytest.raises(httpx.RemoteProtocolError):
-        list(lines)
+    *_, error, done = [line for line in lines if line.startswith("data: ")]
+    assert (json.loads(error[6:])["error"]["message"], done) == ("The server is shutting down", "data: [DONE]")
     status, _ = process.end()
     assert status == 0
     assert time.monotonic() - began < 20
@@ -173,14 +173,16 @@ def test_a_full_disk_below_the_log_and_the_screen_stops_nothing(start: Callable[
     full = "import os; [os.dup2(os.open('/dev/full', os.O_WRONLY), stream) for stream in (1, 2)]\n"
     process = start("FakeEngine([script('Hello')] * 9, crash_at_step=8)", "--port", port, before=full, screen="")
     address = f"http://127.0.0.1:{port}"
-    for _ in range(400):
-        with contextlib.suppress(httpx.ConnectError):
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.running.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{address}/ready").status_code == 200:
                 break
         time.sleep(0.05)
     said = httpx.post(f"{address}/v1/chat/completions", json=BODY, timeout=20).text
     assert "Hello" in said and '"error"' not in said
-    assert '"error"' in "".join(httpx.post(f"{address}/v1/chat/completions", json=BODY, timeout=20).text for _ in "abc")
+    while '"error"' not in said:  # its eighth step is one of the next request's, or of the one behind it
+        said = httpx.post(f"{address}/v1/chat/completions", json=BODY, timeout=20).text
     assert process.end()[0] == 1  # as the engine's failure says, not as the full disk does
 
 
