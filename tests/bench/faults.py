@@ -75,7 +75,7 @@ class Server:
         command = [sys.executable, str(SERVER), "--port", str(self.port), "--step-timeout", STEP]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=log)
-        while time.monotonic() - began < 120 and self.process.poll() is None:
+        while time.monotonic() - began < 300 and self.process.poll() is None:
             try:
                 if (await self.http.get("/ready")).status_code == 200:
                     return time.monotonic() - began
@@ -187,6 +187,13 @@ async def crowd(server: Server, count: int, chance: Random) -> Said:
     return f"{words(found)}, {refusals} refusals, {time.monotonic() - began:.0f} s", found == {"whole": 200}
 
 
+def reaching(stage: str, error: str) -> dict[str, Any]:
+    """What a request must ask for to come to a stage that others do not come to."""
+    if stage == "prefill":  # a prompt that is not in the cache
+        return {"messages": [{"role": "user", "content": f"Write a story about {error} and {time.monotonic()}."}]}
+    return {"logprobs": True} if stage == "logprobs" else {}
+
+
 async def contained(server: Server, count: int, chance: Random) -> Said:
     """One request runs out of memory, or into a bug, at each stage; its neighbour's reply is as without."""
     said, fine = [], True
@@ -194,8 +201,7 @@ async def contained(server: Server, count: int, chance: Random) -> Said:
         for error in ("memory", "bug"):
             await server.held()  # the end of the reply before is committed, and does not run into it
             await server.arm(stage, error)
-            fields = {"logprobs": True} if stage == "logprobs" else {}
-            found, _ = await clients.streaming(server.port, seed=1, **fields)
+            found, _ = await clients.streaming(server.port, seed=1, **reaching(stage, error))
             hit = (await server.http.get("/faults/hit")).json()["hit"]
             fine = fine and bool(hit) and found == "error event" and await server.answers()
             said.append(f"{stage} {error}: {found if hit else 'not reached'}")
@@ -251,8 +257,7 @@ async def lethal(server: Server, stage: str, error: str) -> Said:
         server.process.send_signal(signal.SIGKILL)
     else:
         await server.arm(stage, error)
-        if stage in ("prefill", "logprobs"):
-            fields = {"logprobs": True} if stage == "logprobs" else {}
+        if fields := reaching(stage, error):
             running.append(asyncio.ensure_future(clients.streaming(server.port, **fields)))
     found = [await each for each in running]
     status = await server.status(40)

@@ -41,7 +41,7 @@ async def vanishing(port: int, chance: Random) -> str:
         if sent is whole:
             left = "while it waited"
             try:
-                async with asyncio.timeout(chance.choice((0.0, 0.02, 0.2, 1.0))):
+                async with asyncio.timeout(chance.choice((0.0, 0.02, 0.2, 1.0, 3.0))):
                     got = await reader.read(chance.randint(1, 200))
                     left = "while text came" if b" 200 " in got[:20] else "refused"
                     await reader.read(chance.randint(1, 5000))
