@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import compress
 
 import torch
 
@@ -34,7 +35,6 @@ from engine.formats import choose
 from engine.images import runs
 from engine.interface import (
     CanvasRequest,
-    ConstraintError,
     EngineError,
     EngineInfo,
     EngineOptions,
@@ -224,7 +224,10 @@ class DiffusionEngine:
         started = time.monotonic()
         caches = [seat.cache for seat in self._seating.seats]
         canvas, chunk = self._info.canvas_length, self._chunk
-        warm_up(self._denoiser, caches, canvas_length=canvas, chunk=min(chunk, self._info.context_length - canvas))
+        try:
+            warm_up(self._denoiser, caches, canvas_length=canvas, chunk=min(chunk, self._info.context_length - canvas))
+        except OSError as error:
+            raise EngineError(f"{error}: make room for Triton's cache of kernels (TRITON_CACHE_DIR)") from error
         logger.info("kernels are ready: %.1f s", time.monotonic() - started)
 
     @property
@@ -287,27 +290,34 @@ class DiffusionEngine:
         seats = self._seating.seats
         try:
             canvases = [self._open_canvas(slot) for slot in ready]
-            # what a constraint leaves no choice about needs no pass
-            running = [(slot, canvas) for slot, canvas in zip(ready, canvases, strict=True) if canvas.state == "open"]
-            if running or chunks:
+            passing = [canvas.state == "open" for canvas in canvases]  # others have a constraint that left no choice
+            if any(passing) or chunks:
                 self._look(chunks)
                 self._denoiser.step(
-                    [canvas for _, canvas in running],
-                    [seats[slot.index].cache for slot, _ in running],
+                    list(compress(canvases, passing)),
+                    [seats[slot.index].cache for slot in compress(ready, passing)],
                     [(chunk.token_ids, seats[chunk.slot].cache) for chunk in chunks],
                 )
         except Exception as error:
             self._contain(error, chunks, ready)
             return
         self._seating.committed(chunks)
-        for slot, canvas in running:
+        for slot, canvas, passed in zip(ready, canvases, passing, strict=True):
+            try:
+                self._read(slot, canvas, passed=passed)
+            except Exception as error:
+                self._contain(error, (), (slot,))
+
+    def _read(self, slot: Slot, canvas: Canvas, *, passed: bool) -> None:
+        """What has become of a slot's canvas."""
+        if passed:
             self._scheduler.passed(slot, redrawn=canvas.just_redrawn)
-            self._follow(slot, canvas)
-            if slot.reply is not None and (draft := read_draft(self._denoiser, canvas, slot.reply.request)) is not None:
+            guide = self._seating.seats[slot.index].guide
+            if guide is not None and canvas.state == "open":
+                guide.follow(canvas)
+            if (draft := read_draft(self._denoiser, canvas, self._requested(slot))) is not None:
                 self._scheduler.sketch(draft)
-        for slot, canvas in zip(ready, canvases, strict=True):
-            if slot.reply is not None:  # its constraint did not fail
-                self._settle(slot, canvas)
+        self._settle(slot, canvas)
 
     def _look(self, chunks: Sequence[CommitChunk]) -> None:
         """Have the vision tower see the images that are committed now."""
@@ -340,18 +350,6 @@ class DiffusionEngine:
         if seat.guide is not None:
             seat.guide.begin(seat.canvas)
         return seat.canvas
-
-    def _follow(self, slot: Slot, canvas: Canvas) -> None:
-        """Keep a constrained canvas to its constraint; end the reply if that cannot go on."""
-        guide = self._seating.seats[slot.index].guide
-        if guide is None or canvas.state != "open":
-            return
-        try:
-            guide.follow(canvas)
-        except ConstraintError as error:
-            logger.error("a constraint failed", exc_info=error)
-            self._scheduler.fail(slot, "error", str(error))
-            self._seating.vacate(slot)
 
     def _settle(self, slot: Slot, canvas: Canvas) -> None:
         """Deliver a canvas that is done; end the reply of one that cannot be; leave an open one alone."""
@@ -400,10 +398,11 @@ class DiffusionEngine:
                 self._pass([chunk for chunk in chunks if chunk.slot == index], [slot] if slot in ready else [])
             return
         logger.error("a request failed inside the engine", exc_info=error)
+        said = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
         for slot in involved.values():
             slot.rest = ()
             if slot.reply is not None:
-                self._scheduler.fail(slot, "error", f"{type(error).__name__}: {error}")
+                self._scheduler.fail(slot, "error", said)
             self._seating.vacate(slot, suspect=True)
 
     def _require_open(self) -> None:

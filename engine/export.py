@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -65,9 +66,12 @@ def write_quantized(
         stack.callback(shutil.rmtree, partial, ignore_errors=True)  # has its final name by then, if all went well
         other = sum(tensor.bytes for name, tensor in stored.items() if name not in plan.layout.pieces)
         _require_room(partial, plan.layout.weight_bytes(2) + other)
-        _write_tensors(partial, stored, tensor_table(plan.config), choice, device, progress)
-        _copy_the_rest(folder, partial, choice)
-        partial.rename(target)
+        try:
+            _write_tensors(partial, stored, tensor_table(plan.config), choice, device, progress)
+            _copy_the_rest(folder, partial, choice)
+            partial.rename(target)
+        except (SafetensorError, OSError) as error:
+            raise EngineError(f"{target} could not be written, and nothing of it is left: {error}") from error
     return target
 
 

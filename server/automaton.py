@@ -20,7 +20,8 @@ from typing import Any, TypeVar
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine import ConstraintError
-from server.prompt import NEVER_TEXT, PromptRenderer
+from server.detokenizer import NEVER_TEXT
+from server.prompt import PromptRenderer
 
 T = TypeVar("T")
 Json = dict[str, Any]

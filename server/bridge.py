@@ -169,13 +169,14 @@ class Bridge:
     def close(self, drain_seconds: float = DRAIN_SECONDS, wait_seconds: float | None = None) -> bool:
         """Take no more requests, let the running ones end, cancel those that take longer, free the engine.
 
-        False if the engine's thread still stands in a step: because the watchdog gave it up, or after `wait_seconds`.
+        False if the engine's thread still runs: because the watchdog gave its step up, or after `wait_seconds`. May be
+        called again, to wait longer or to give the running ones less time.
         """
         with self._lock:
             first = not self._closing
             self._closing = True
-            if first:
-                self._deadline = time.monotonic() + drain_seconds
+            deadline = time.monotonic() + drain_seconds
+            self._deadline = deadline if first else min(self._deadline, deadline)
         if self._thread is None:
             if first:
                 self._engine.close()

@@ -46,6 +46,11 @@ class CallSpans:
             self._span = None
         self._calls = calls
 
+    def push_texts(self, token_ids: Sequence[int]) -> None:
+        """The next ids, none of them a control token's: no call begins or ends in them."""
+        if self._span is not None:
+            self._span.extend(token_ids)
+
 
 class CallMemory:
     """The last calls of all replies. May be used from several threads."""

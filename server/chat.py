@@ -26,18 +26,15 @@ from engine import (
 )
 from server import errors, tool_schema
 from server.bridge import Bridge, EngineUnavailable
-from server.call_memory import TOOL_CALL_CLOSE, TOOL_CALL_OPEN, CallMemory, CallSpans
+from server.call_memory import CallMemory
+from server.choice import Choice
 from server.drafts import Drafts
 from server.errors import ApiError
-from server.exchange import ChatTask, ChoiceDone, Delta, Draft, FinishReason, ReplyDone, StreamItem, ToolCall
-from server.grammar import held, needs_grammar
+from server.exchange import ChatTask, ChoiceDone, Delta, Draft, ReplyDone, StreamItem
 from server.images import ImageReader, Patches, read_images
-from server.likelihoods import Likelihoods
-from server.output_parser import OutputParser, Parsed, StopStrings
-from server.prompt import Marker, Prompt, PromptRenderer, PromptTooLong
+from server.prompt import Prompt, PromptRenderer, PromptTooLong
 from server.replies import Folded, fold, without_drafts
 from server.structure import Structures
-from server.tool_calls import new_call_id
 
 # Random seeds stay below 2**53 so that they survive JavaScript's numbers and can be sent back.
 _RANDOM_SEED_BITS = 53
@@ -90,7 +87,7 @@ class ChatService:
             except EngineUnavailable as error:
                 raise errors.unavailable(str(error).capitalize()) from error
             choices = [
-                _Choice(index, task, prompts[index // task.choices], self.prompts, self._calls)
+                Choice(index, task, prompts[index // task.choices], self.prompts, self._calls)
                 for index in range(len(requests))
             ]
             running = [
@@ -189,128 +186,13 @@ def sampling(task: ChatTask, seed: int) -> Sampling:
     )
 
 
-class _Choice:
-    """Text side of one choice: ids to deltas, and why it ended."""
-
-    def __init__(self, index: int, task: ChatTask, prompt: Prompt, prompts: PromptRenderer, memory: CallMemory) -> None:
-        self.index = index
-        self._detokenizer = prompts.detokenizer()
-        self.parser = OutputParser(
-            prompt.opens_in, tools=_read_by(task), raw=bool(task.prompts), exact=needs_grammar(task)
-        )
-        self.echo = _written(task, index, prompts) if task.echo else ""
-        self._stop = StopStrings(task.stop)
-        self._most_calls = None if task.parallel_tool_calls else 1
-        self._calls = 0
-        self._likelihoods = None if task.logprobs is None else Likelihoods(prompts)
-        self._memory = memory
-        self._spans = CallSpans(*(prompts.control.ids.get(marker) for marker in (TOOL_CALL_OPEN, TOOL_CALL_CLOSE)))
-
-    @property
-    def satisfied(self) -> bool:
-        """True when nothing the engine may still produce would be shown."""
-        return self._stop.hit or self.parser.ended or self._calls == self._most_calls
-
-    def canvas(self, done: CanvasDone) -> Delta | None:
-        """What a canvas adds; None when all of it is held back."""
-        if self.satisfied:
-            return None
-        if self._likelihoods is None:
-            for token_id in done.token_ids:
-                self._push(token_id, self._detokenizer.push(token_id))
-            return self._delta(self.parser.take())
-        whole = Parsed()
-        for token_id, found in zip(done.token_ids, done.logprobs, strict=True):
-            pieces = self._detokenizer.push(token_id)
-            self._likelihoods.push(token_id, found, pieces)
-            self._push(token_id, pieces)
-            part = self.parser.take()
-            self._likelihoods.parsed(len(part.content))
-            whole = whole + part
-        return self._delta(whole)
-
-    def _push(self, token_id: int, pieces: Sequence[str | Marker]) -> None:
-        self.parser.push(pieces)
-        self._spans.push(token_id, self.parser.calls)
-
-    @property
-    def stop_string(self) -> str | None:
-        """The stop string that was found, if one was."""
-        return self._stop.matched
-
-    def end(self, *, complete: bool) -> Delta | None:
-        """What was held back until now. `complete`: the model ended the reply, it was not cut."""
-        if self._stop.hit:
-            return None
-        if self._calls == self._most_calls:
-            return self._delta(Parsed(), last=True)
-        pieces = self._detokenizer.finish()
-        self.parser.push(pieces)
-        parsed = self.parser.finish(complete=complete)
-        if self._likelihoods is not None:
-            self._likelihoods.finish(pieces)
-            self._likelihoods.parsed(len(parsed.content))
-        return self._delta(parsed, last=True)
-
-    def finish_reason(self, finished: Finished) -> FinishReason:
-        """The one place where the reason is decided. Raises ApiError when the engine gave up."""
-        if finished.reason == "error":
-            raise errors.generation_failed(f"Generation failed: {finished.error or 'unknown cause'}")
-        if finished.reason == "cancelled" and not self.satisfied:
-            raise errors.unavailable("The server is shutting down")
-        # A cut call must stay visible as "length", also when an earlier call is complete.
-        if finished.reason == "length" and not self.satisfied:
-            return "length"
-        return "tool_calls" if self._calls else "stop"
-
-    def _delta(self, parsed: Parsed, *, last: bool = False) -> Delta | None:
-        content = self._stop.push(parsed.content)
-        if last:
-            content += self._stop.finish()
-        calls = parsed.calls if self._most_calls is None else parsed.calls[: self._most_calls - self._calls]
-        numbered = tuple(
-            ToolCall(id=new_call_id(), index=self._calls + offset, name=call.name, arguments=call.arguments)
-            for offset, call in enumerate(calls)
-        )
-        for call in numbered:
-            if (written := self._spans.found.get(call.index)) is not None:
-                self._memory.remember(call.id, call.name, call.arguments, written)
-        self._calls += len(numbered)
-        if not (parsed.reasoning or content or numbered):
-            return None
-        return Delta(
-            choice=self.index,
-            reasoning=parsed.reasoning,
-            content=content,
-            tool_calls=numbered,
-            logprobs=() if self._likelihoods is None else self._likelihoods.take(len(content)),
-        )
-
-
-def _read_by(task: ChatTask) -> dict[str, tool_schema.Json] | None:
-    """The schemas to read calls by. What is held to its schema says exactly what it means: nothing is to be guessed."""
-    if not task.tools:
-        return None
-    declared = tool_schema.parameters(task.tools)
-    if not needs_grammar(task):
-        return declared
-    functions = [tool["function"] for tool in task.tools]
-    return {each["name"]: {} if held(task, each) else declared[each["name"]] for each in functions}
-
-
-def _written(task: ChatTask, index: int, prompts: PromptRenderer) -> str:
-    """The prompt of a choice as its client wrote it."""
-    prompt = task.prompts[index // task.choices]
-    return prompt if isinstance(prompt, str) else prompts.decode(prompt)
-
-
 @dataclass
 class _Running:
     """One choice being generated."""
 
     request: GenerationRequest
     events: AsyncIterator[Event]
-    choice: _Choice
+    choice: Choice
     finished: Finished | None = None
 
 
@@ -382,6 +264,10 @@ class ChatReply:
 
     async def _merged(self) -> AsyncGenerator[tuple[_Running, Event], None]:
         """Events of all choices in the order they happen."""
+        if len(self._running) == 1:  # nearly always; no task is needed to wait for one
+            async for event in self._running[0].events:
+                yield self._running[0], event
+            return
         waiting = {asyncio.ensure_future(anext(running.events)): running for running in self._running}
         try:
             while waiting:

@@ -104,6 +104,12 @@ def queue_full() -> ApiError:
     )
 
 
+def connections_full(most: int) -> ApiError:
+    """503: try again in a moment."""
+    message = f"All {most} connections of this server are taken. Please retry."
+    return ApiError(503, message, code="too_many_connections", headers={"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+
 def unavailable(message: str) -> ApiError:
     """503: the engine is gone or shutting down; asking this process again is pointless."""
     return ApiError(503, message, code="service_unavailable", headers={"x-should-retry": "false"})

@@ -7,14 +7,16 @@ do; for the latter the exit status is not 0, so that a supervisor starts it agai
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +31,7 @@ from server.app import AppSettings, create_app
 from server.bridge import Bridge
 from server.chat import ChatService
 from server.config import DEMO_CHECKPOINT, ServerSettings, Settings, SettingsError, easel_version
-from server.connections import HEAD_BYTES, Connection
+from server.connections import BACKLOG, HEAD_BYTES, bounded
 from server.images import ImageReader
 from server.prompt import IMAGE, IMAGE_CLOSE, IMAGE_OPEN, PromptRenderer
 
@@ -38,8 +40,22 @@ if TYPE_CHECKING:
 
 DEMO_NAME = "easel-demo"
 ENGINE_GONE = 1  # exit status; 2 says that a setting is wrong, which starting again does not help
+_LAST_WORDS = 2.0  # seconds that a reply which was cut off gets to say so
 _FORCED_SECONDS = 5.0  # what the engine's thread gets when the user said twice that it is enough
 logger = logging.getLogger("easel")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which tells the bridge too when it is told to stop: what does not end in time gets an error."""
+
+    def __init__(self, config: uvicorn.Config, bridge: Bridge, drain: float) -> None:
+        super().__init__(config)
+        self._bridge, self._drain = bridge, drain
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End what runs."""
+        self._bridge.close(self._drain, wait_seconds=0)
+        await super().shutdown(sockets)
 
 
 def serve(settings: Settings) -> None:
@@ -60,9 +76,10 @@ def serve(settings: Settings) -> None:
         service = chat_service(bridge, model_names(settings))
         bridge.start()
         try:
-            server = uvicorn.Server(_uvicorn_config(service, settings, keys, tracing))
-            listener.listen()  # from here on clients are not refused, so what the screen says is true
-            _start_screen(settings, service, settings.server.published or url(listener), keys)
+            server = _Server(_uvicorn_config(service, settings, keys, tracing), bridge, settings.server.drain)
+            _keep_what_is_there()
+            listener.listen(BACKLOG)  # from here on clients are not refused, so what the screen says is true
+            _show_screen(settings, service, settings.server.published or url(listener), keys)
             server.run(sockets=[listener])
         except KeyboardInterrupt:
             logger.info("stopped")
@@ -70,15 +87,29 @@ def serve(settings: Settings) -> None:
             _end(bridge, forced=server is not None and server.force_exit)
 
 
+def _keep_what_is_there() -> None:
+    """Leave what was loaded out of garbage collection: looking through it stops all replies for 0.2 s each time."""
+    gc.collect()
+    gc.freeze()
+
+
+def _show_screen(settings: Settings, service: ChatService, address: str, keys: tuple[str, ...]) -> None:
+    try:
+        _start_screen(settings, service, address, keys)
+    except OSError as error:  # a full disk, or nobody behind the pipe: no reason not to serve
+        logger.warning("the start screen cannot be shown: %s", error)
+        sys.stdout = open(os.devnull, "w")  # or what is left of it would fail once more at the end
+
+
 def _end(bridge: Bridge, *, forced: bool) -> None:
     """Close the engine; leave at once where it cannot be, or with the status that says that it failed."""
     ended = bridge.close(0) if not forced else bridge.close(0, wait_seconds=_FORCED_SECONDS)
-    if bridge.failure is not None:
-        print(f"easel: the engine stopped: {' '.join(bridge.failure.split())}", file=sys.stderr)
+    with suppress(OSError):  # a full disk must not change how this ends
+        if bridge.failure is not None:
+            print(f"easel: the engine stopped: {' '.join(bridge.failure.split())}", file=sys.stderr, flush=True)
     if not ended:
         # The engine's thread stands in a step that does not end: no orderly way out waits for less than it.
         logging.shutdown()
-        sys.stderr.flush()
         os._exit(ENGINE_GONE)
     if bridge.failure is not None:
         sys.exit(ENGINE_GONE)
@@ -191,7 +222,7 @@ def _uvicorn_config(
             keys=Keys(keys),
             names=_names(told, keys),
             cors_origins=told.cors_origin,
-            drain_seconds=told.drain,
+            drain_seconds=told.drain + _LAST_WORDS,
             request_seconds=told.request_timeout,
             max_body_bytes=int(told.max_body * 1e6),
             max_messages=told.max_messages,
@@ -201,14 +232,15 @@ def _uvicorn_config(
     )
     return uvicorn.Config(
         application,
-        http=Connection,
+        http=bounded(),
         ws="none",
+        backlog=BACKLOG,
         h11_max_incomplete_event_size=HEAD_BYTES,
         log_config=None,  # the log goes where ours goes
         log_level="warning",
         access_log=False,  # ours has the request's id, and how long it took
         server_header=False,
-        timeout_graceful_shutdown=int(told.drain) + 2,  # streams end themselves first, and say why
+        timeout_graceful_shutdown=int(told.drain + _LAST_WORDS) + 2,  # streams end themselves first, and say why
     )
 
 

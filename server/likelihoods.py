@@ -14,8 +14,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine import TokenLogprobs
+from server.detokenizer import Marker
 from server.exchange import ContentToken, Likelihood
-from server.prompt import Marker, PromptRenderer
+from server.prompt import PromptRenderer
 
 
 @dataclass

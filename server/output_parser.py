@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from server.call_memory import TOOL_CALL_CLOSE, TOOL_CALL_OPEN
+from server.detokenizer import Marker
 from server.prompt import (
     CHANNEL_CLOSE,
     CHANNEL_OPEN,
     TURN_OPEN,
-    Marker,
     OpensIn,
 )
 from server.tool_calls import QUOTE, QUOTE_SIGN, ParsedCall, parse_calls, parse_leading_calls, shown
@@ -25,6 +25,7 @@ from server.tool_schema import Json
 
 # After these the model's turn is over. The engine stops at them; text behind one in the same canvas is noise.
 _ENDS_TURN = frozenset({"<turn|>", TURN_OPEN, "<eos>", "<bos>", "<|tool_response>"})
+_STEADY = frozenset({"content", "reasoning", "call", "bare", "ended"})  # states that no text leads out of
 _LABEL = "thought\n"  # first line of a thought channel
 
 
@@ -90,6 +91,15 @@ class OutputParser:
                 self._text(piece)
         if thinking or self._thinking:  # both markers of a thought count
             self.reasoning_tokens += 1
+
+    def push_texts(self, texts: Sequence[str]) -> None:
+        """Take the texts of as many tokens; the same as `push` for each, but quicker."""
+        for place, text in enumerate(texts):
+            if self._state in _STEADY:
+                self._text("".join(texts[place:]))
+                self.reasoning_tokens += self._thinking * (len(texts) - place)
+                return
+            self.push((text,))
 
     def take(self) -> Parsed:
         """What has become certain since the last call."""

@@ -11,7 +11,6 @@ Invariant: the ids decode to exactly what the template renders, and no id of a c
 
 from __future__ import annotations
 
-import codecs
 import inspect
 import json
 import re
@@ -25,6 +24,7 @@ from tokenizers import Tokenizer
 
 from engine import ImagePatches
 from server.call_memory import Written, with_written_calls
+from server.detokenizer import Detokenizer, Marker, Spellings
 from server.errors import invalid
 from server.images import Patches, without_data
 
@@ -37,8 +37,6 @@ TURN_OPEN = "<|turn>"
 BOS = "<bos>"
 
 _MARKER_SHAPE = re.compile(r"<\|.+>|<.+\|>")  # Gemma's way of writing a control token
-NEVER_TEXT = re.compile(r"<unused\d+>")  # reserved ids; noise may hit them, a reply must not show them
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # Stand-ins must survive what templates do to text: printable (Python's repr would escape a private-use character),
 # without case, no whitespace, never escaped in JSON. CJK extension B is 42,720 of them and almost never used.
 _STAND_INS = range(0x20000, 0x2A6E0)
@@ -79,13 +77,6 @@ class Prompt:
     ids: tuple[int, ...]
     opens_in: OpensIn
     images: tuple[ImagePatches, ...] = ()
-
-
-@dataclass(frozen=True)
-class Marker:
-    """A control token in the reply, by its name. Never shown to a client."""
-
-    name: str
 
 
 class ControlTokens:
@@ -133,6 +124,7 @@ class PromptRenderer:
         self._tokenizer.encode_special_tokens = True  # control tokens in text are plain text
         self._template = template
         self.control = ControlTokens(tokenizer)
+        self._spellings = Spellings(self._tokenizer, self.control.names)
         vocabulary = tokenizer.get_vocab()
         self._known_ids: int = 1 + max(vocabulary.values())
         self.longest: int = max(map(len, vocabulary))  # characters that one token can stand for
@@ -272,15 +264,14 @@ class PromptRenderer:
 
         A token that is a part of a character is shown as an escape.
         """
-        name = self._tokenizer.id_to_token(token_id)
-        if name is None or token_id in self.control.names or NEVER_TEXT.fullmatch(name):
-            return name or "", None
-        byte = _BYTE_TOKEN.fullmatch(name)
-        if byte:
-            value = int(byte[1], 16)
-            return (chr(value) if value < 128 else f"\\x{value:02x}"), bytes([value])
-        text = self._tokenizer.decode([token_id], skip_special_tokens=False)
-        return text, text.encode()
+        found = self._spellings[token_id]
+        if found is None:
+            return "", None
+        if isinstance(found, Marker):
+            return found.name, None
+        if isinstance(found, int):
+            return (chr(found) if found < 128 else f"\\x{found:02x}"), bytes([found])
+        return found, found.encode()
 
     def encode(self, text: str) -> list[int]:
         """Tokenise plain text; whatever it contains, no id of a control token comes out."""
@@ -305,7 +296,7 @@ class PromptRenderer:
 
     def detokenizer(self) -> Detokenizer:
         """A fresh detokenizer for one reply."""
-        return Detokenizer(self._tokenizer, self.control)
+        return Detokenizer(self._spellings)
 
     def _stand_ins(self, request: Any) -> tuple[dict[int, str], dict[int, str]]:
         used: set[str] = set()
@@ -350,45 +341,6 @@ class PromptRenderer:
         return "channel" if opened == len(ids) - 1 else "reasoning"
 
 
-class Detokenizer:
-    """Ids of one reply to text, one at a time, without ever cutting a character in two.
-
-    Text that is spelled in byte tokens appears when its last byte has come, also across canvases. The pieces
-    together are the same however the ids were grouped.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, control: ControlTokens) -> None:
-        self._tokenizer = tokenizer
-        self._control = control
-        self._bytes = _new_byte_decoder()
-
-    def push(self, token_id: int) -> list[str | Marker]:
-        """What this token adds: text pieces (never empty) and markers, in order."""
-        name = self._tokenizer.id_to_token(token_id)
-        if name is None:  # the model's vocabulary may be padded beyond the tokenizer's
-            return []
-        byte = _BYTE_TOKEN.fullmatch(name)
-        if byte and token_id not in self._control.names:
-            text = self._bytes.decode(bytes([int(byte[1], 16)]))
-            return [text] if text else []
-        pieces: list[str | Marker] = list(self.finish())
-        if token_id in self._control.names:
-            pieces.append(Marker(self._control.names[token_id]))
-        elif NEVER_TEXT.fullmatch(name):
-            pieces.append(Marker(name))
-        else:
-            text = self._tokenizer.decode([token_id], skip_special_tokens=False)
-            if text:
-                pieces.append(text)
-        return pieces
-
-    def finish(self) -> list[str]:
-        """What an unfinished character at the end comes to: the replacement character."""
-        text = self._bytes.decode(b"", final=True)
-        self._bytes = _new_byte_decoder()
-        return [text] if text else []
-
-
 def _text_before_calls(messages: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
     """The messages with the text and thought of a turn in a message before the one with its calls."""
     for message in messages:
@@ -397,10 +349,6 @@ def _text_before_calls(messages: Iterable[Mapping[str, Any]]) -> Iterator[Mappin
             yield {"role": message["role"], "content": "", "tool_calls": message["tool_calls"]}
         else:
             yield message
-
-
-def _new_byte_decoder() -> codecs.IncrementalDecoder:
-    return codecs.getincrementaldecoder("utf-8")(errors="replace")
 
 
 def _without_truncation(tokenizer: Tokenizer) -> Tokenizer:

@@ -38,9 +38,19 @@ class Tracing:
         carrier = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         facts = {"http.request.method": scope["method"], "url.path": scope["path"], "easel.request_id": request_id}
         with self._tracer.start_as_current_span(
-            scope["method"], propagate.extract(carrier), SpanKind.SERVER, attributes=facts
+            scope["method"],
+            propagate.extract(carrier),
+            SpanKind.SERVER,
+            attributes=facts,
+            record_exception=False,  # its words may be a client's
+            set_status_on_exception=False,
         ) as span:
-            yield
+            try:
+                yield
+            except BaseException as error:
+                span.set_attribute("error.type", type(error).__name__)
+                span.set_status(StatusCode.ERROR)
+                raise
             route = getattr(scope.get("route"), "path", None)
             if route is not None:
                 span.update_name(f"{scope['method']} {route}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -303,6 +304,38 @@ def test_an_exception_ends_one_request_and_the_others_go_on(place: str, caplog: 
     assert ids == []
     assert finished.reason == "error"
     assert finished.error == ("RuntimeError: kaput" if place == "commit" else "OutOfMemoryError: no memory")
+
+
+@pytest.mark.parametrize("what", ["logprobs", "drafts"])
+def test_what_fails_behind_a_pass_ends_one_request_too(
+    what: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(canvas: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    engine = make(ScriptedModel(countdown(6)), slots=3)
+    monkeypatch.setattr(engine.parts.denoiser, {"logprobs": "logprobs", "drafts": "accepted"}[what], no_memory)
+    asked = {"logprobs": 3} if what == "logprobs" else {"drafts": True}
+    for each in (request("a", (5,)), replace(request("bad", (6, 7, 8, 9)), **asked), request("c", (5,))):
+        engine.submit(each)
+    with caplog.at_level(logging.CRITICAL):
+        events = run(engine)
+    assert reply(events, "a")[0] == reply(events, "c")[0] != []
+    _, finished = reply(events, "bad")
+    assert (finished.reason, finished.error) == ("error", "OutOfMemoryError: no memory")
+    engine._seating.check_integrity()
+    assert {kind: pool.held for kind, pool in engine.stats().pools.items()} == {"full": 0, "sliding": 0}
+
+
+def test_a_full_disk_below_the_kernels_cache_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "/cache/k.cubin")
+
+    engine = make(ScriptedModel())
+    engine._info = replace(engine.info, kernels="triton")
+    monkeypatch.setattr("engine.engine.warm_up", full)
+    with pytest.raises(EngineError, match=r"No space left on device: '/cache/k.cubin': make room .*TRITON_CACHE_DIR"):
+        engine.warm_up()
 
 
 def test_a_broken_device_is_not_hidden() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -152,10 +153,21 @@ def test_a_run_that_fails_leaves_nothing(source: Path, tmp_path: Path, monkeypat
         raise OSError("the disk went away")
 
     monkeypatch.setattr(export, "_copy_the_rest", fail)
-    with pytest.raises(OSError, match="went away"):
+    with pytest.raises(EngineError, match="nothing of it is left: the disk went away"):
         write(source, tmp_path / "made", "fp8")
     assert not list(tmp_path.iterdir())
 
 
 def test_all_formats_are_written() -> None:
     assert {form for form, _ in CASES} == set(FORMATS)
+
+
+def test_a_disk_that_fills_up_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(EngineError, match=r"could not be written, and nothing of it is left: .*File too large"):
+            write(source, tmp_path / "out", "nvfp4")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []

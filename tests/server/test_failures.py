@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import itertools
 import json
 import os
 import random
@@ -279,6 +280,21 @@ def test_what_is_no_request_gets_an_error(live: Live, sent: bytes, status: int) 
     assert live.chat().status_code == 200
 
 
+def test_nonsense_behind_an_answer_ends_the_connection(live: Live, caplog: pytest.LogCaptureFixture) -> None:
+    chunked = b"POST /nothing HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
+    connection = live.send(chunked)
+    connection.settimeout(20)
+    answer = b""
+    while b"not_found" not in answer:  # it comes before the body has
+        answer += connection.recv(65536)
+    connection.sendall(b"zz\r\n")
+    with contextlib.suppress(ConnectionResetError):
+        assert len(connection.recv(65536)) <= len(b'"}}')  # what was left of it
+    connection.close()
+    assert live.chat().status_code == 200
+    assert not [record for record in caplog.records if record.levelname in ("ERROR", "CRITICAL")]
+
+
 def test_half_a_head_is_cut_off(live: Live) -> None:
     for sent in (b"", b"GET /health HTTP/1.1\r\nHost: a\r\n"):
         connection = live.send(sent)
@@ -305,6 +321,17 @@ def test_pipelined_requests_are_answered_in_order(live: Live) -> None:
     connection.close()
     assert [answer.find(f"The model '{name}'".encode()) > 0 for name in "abc"] == [True] * 3
     assert answer.find(b"The model 'a'") < answer.find(b"The model 'b'") < answer.find(b"The model 'c'")
+
+
+def test_a_clock_that_jumps_hurries_nobody(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, jumps = time.time(), itertools.cycle([86_400.0, -315_360_000.0, 0.0])
+    monkeypatch.setattr(time, "time", lambda: now + next(jumps))
+    for _ in range(5):
+        assert live.chat().status_code == 200
+    figures = httpx.get(f"{live.address}/stats").json()
+    assert figures["requests"]["length"] == 5
+    for name in ("uptime_seconds", "queue_wait_seconds", "time_to_first_text_seconds", "canvas_seconds"):
+        assert 0 <= figures[name] < 60
 
 
 def test_two_hundred_clients_at_once(prompts: PromptRenderer) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -52,11 +54,12 @@ class Process:
     client: httpx.Client | None = None
     stream: Any = None
 
-    def __init__(self, engine: str, *flags: str) -> None:
+    def __init__(self, engine: str, *flags: str, before: str = "", screen: str = "curl") -> None:
+        """`before`: what the program does first; `screen`: how its last line begins, if there is one."""
         program = textwrap.dedent(PROGRAM.format(root=str(ROOT), engine=engine))
         environment = {name: value for name, value in os.environ.items() if not name.startswith("EASEL_")}
         self.running = subprocess.Popen(
-            [sys.executable, "-c", program, *flags],
+            [sys.executable, "-c", before + program, *flags],
             env=environment | {"COLUMNS": "200", "NO_COLOR": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -64,11 +67,11 @@ class Process:
         )
         self.screen = ""
         assert self.running.stdout is not None
-        for line in self.running.stdout:
+        for line in self.running.stdout if screen else ():
             self.screen += line
             if "  address " in line:
                 self.address = line.split()[1]
-            if line.startswith("curl"):
+            if line.startswith(screen):
                 break
 
     def end(self, seconds: float = 30) -> tuple[int, str]:
@@ -81,8 +84,8 @@ class Process:
 def start() -> Iterator[Callable[..., Process]]:
     started: list[Process] = []
 
-    def one(engine: str, *flags: str) -> Process:
-        started.append(Process(engine, *flags))
+    def one(engine: str, *flags: str, **options: str) -> Process:
+        started.append(Process(engine, *flags, **options))
         return started[-1]
 
     yield one
@@ -144,8 +147,8 @@ def test_what_does_not_end_in_time_is_told(start: Callable[..., Process]) -> Non
     lines = streaming(process)
     process.running.send_signal(signal.SIGTERM)
     began = time.monotonic()
-    with pytest.raises(httpx.RemoteProtocolError):
-        list(lines)
+    *_, error, done = [line for line in lines if line.startswith("data: ")]
+    assert (json.loads(error[6:])["error"]["message"], done) == ("The server is shutting down", "data: [DONE]")
     status, _ = process.end()
     assert status == 0
     assert time.monotonic() - began < 20
@@ -161,6 +164,57 @@ def test_a_second_interrupt_waits_for_nobody(start: Callable[..., Process]) -> N
     process.end(20)
     with pytest.raises(httpx.RemoteProtocolError):
         list(lines)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_below_the_log_and_the_screen_stops_nothing(start: Callable[..., Process]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    full = "import os; [os.dup2(os.open('/dev/full', os.O_WRONLY), stream) for stream in (1, 2)]\n"
+    process = start("FakeEngine([script('Hello')] * 9, crash_at_step=8)", "--port", port, before=full, screen="")
+    address = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.running.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{address}/ready").status_code == 200:
+                break
+        time.sleep(0.05)
+    said = httpx.post(f"{address}/v1/chat/completions", json=BODY, timeout=20).text
+    assert "Hello" in said and '"error"' not in said
+    while '"error"' not in said:  # its eighth step is one of the next request's, or of the one behind it
+        said = httpx.post(f"{address}/v1/chat/completions", json=BODY, timeout=20).text
+    assert process.end()[0] == 1  # as the engine's failure says, not as the full disk does
+
+
+def test_there_are_no_more_connections_than_files(start: Callable[..., Process]) -> None:
+    few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (160, 160))\n"
+    process = start("FakeEngine([script('x')])", before=few)
+    host, _, port = process.address.removeprefix("http://").partition(":")
+    idle = [socket.create_connection((host, int(port))) for _ in range(100)]
+    idle[-1].settimeout(20)
+    refused = b"".join(iter(lambda: idle[-1].recv(4096), b""))
+    assert refused.startswith(b"HTTP/1.1 503 ") and b"All 32 connections of this server are taken" in refused
+    for connection in idle:
+        connection.close()
+    for _ in range(200):  # it hears of their end a moment later
+        answer = httpx.get(f"{process.address}/v1/models")
+        if answer.status_code == 200:
+            break
+    assert answer.status_code == 200
+    process.running.send_signal(signal.SIGTERM)
+    status, said = process.end()
+    assert (status, "Too many open files" in said) == (0, False)
+
+
+def test_one_that_was_killed_comes_back_on_its_port(start: Callable[..., Process]) -> None:
+    process = start("FakeEngine([LONG])")
+    lines = streaming(process)
+    process.running.kill()
+    with pytest.raises(httpx.TransportError):
+        list(lines)
+    assert process.end()[0] == -signal.SIGKILL
+    again = start("FakeEngine([script('Hello')])", "--port", process.address.rpartition(":")[2])
+    assert "Hello" in httpx.post(f"{again.address}/v1/chat/completions", json=BODY, timeout=20).text
 
 
 def test_the_screen_says_who_may_ask(start: Callable[..., Process]) -> None:

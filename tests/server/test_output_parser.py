@@ -10,8 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from server.detokenizer import Marker
 from server.output_parser import OutputParser, Parsed, StopStrings
-from server.prompt import Marker, OpensIn
+from server.prompt import OpensIn
 from tests.fakes import CONTROL
 
 MARKERS = re.compile("|".join(re.escape(name) for name in sorted(CONTROL, key=len, reverse=True)))

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
+from server.detokenizer import Detokenizer, Marker
 from server.errors import ApiError
-from server.prompt import Detokenizer, Marker, PromptRenderer
+from server.prompt import PromptRenderer
 from tests.fakes import CONTROL, Template, byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

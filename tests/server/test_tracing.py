@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from server.app import AppSettings, create_app
@@ -59,3 +60,16 @@ def test_without_an_endpoint_nothing_of_it_is_imported() -> None:
     program = "import sys, server.launch; print([name for name in sys.modules if name.startswith('opentelemetry.sdk')])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_failure_is_named_and_not_quoted() -> None:
+    exporter = InMemorySpanExporter()
+    tracing = Tracing("unused", version="1", exporter=exporter)
+    scope = {"method": "POST", "path": "/x", "headers": [], "state": {}}
+    with pytest.raises(KeyError), tracing.span(scope, "r"):
+        raise KeyError("a-secret")
+    tracing.close()
+    (span,) = exporter.get_finished_spans()
+    assert "a-secret" not in span.to_json()
+    assert (span.attributes or {})["error.type"] == "KeyError"
+    assert span.status.status_code.name == "ERROR"
