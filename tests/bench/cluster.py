@@ -68,7 +68,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--clients", type=int, default=8)
-    options.add_argument("--stories", type=int, default=48)
+    options.add_argument("--stories", type=int, default=24)
     chosen = options.parse_args()
     with running_cluster() as cluster:
         results = measure(cluster, chosen.rounds, chosen.clients, chosen.stories)
