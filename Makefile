@@ -74,8 +74,10 @@ CLIENTS := SERVER_PYTHON=$(abspath $(BIN)/python) .venv-clients/bin/python -m py
 test-clients: $(STAMP)-test .venv-clients/.installed .venv-clients/.installed-node
 	$(CLIENTS) $(ARGS)
 
-# Ray stays out of .venv for its size. Some of it listens on every address: it gets a network where there is only loopback.
-ALONE := unshare --user --map-root-user --net bash -c 'ip link set lo up && exec "$$@"' --
+# Ray stays out of .venv for its size. Some of it listens on every address, so it gets a network where there is only
+# loopback; and its processes go with the one that started it.
+ALONE := unshare --user --map-root-user --net --pid --fork --kill-child --mount-proc \
+	  bash -c 'ip link set lo up && "$$@"; exit $$?' --
 
 test-cluster: .venv-cluster/.installed
 	$(ALONE) .venv-cluster/bin/python -m pytest -p no:cacheprovider -c tests/cluster/pytest.ini --rootdir tests/cluster \

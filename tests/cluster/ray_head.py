@@ -56,15 +56,14 @@ class Cluster:
         self._port = free_port()
         self.address = f"http://127.0.0.1:{self._port}"
 
-    def deploy(self, replicas: int, **args: Any) -> None:
-        """Serve from so many replicas, with `args` as in the file; returns when all of them are ready."""
+    def deploy(self, replicas: int, most: int | None = None) -> None:
+        """Serve from so many replicas, or up to `most`; returns when as many as must be are ready."""
         config = copy.deepcopy(yaml.safe_load(CONFIG.read_text(encoding="utf-8")))
         config["http_options"]["port"] = self._port
         (application,) = config["applications"]
-        application["args"] = args
         for deployment in application["deployments"]:
             if deployment["name"] == "Replica":
-                deployment["autoscaling_config"] |= {"min_replicas": replicas, "max_replicas": replicas}
+                deployment["autoscaling_config"] |= {"min_replicas": replicas, "max_replicas": most or replicas}
         file = self._folder / "ray-serve.yaml"
         file.write_text(yaml.safe_dump(config), encoding="utf-8")
         wait_until(lambda: self._deploy(file), _START_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -267,7 +268,7 @@ class Nobody:
 
     @contextlib.asynccontextmanager
     async def choose(self, wish: Wish) -> AsyncIterator[Chosen]:
-        await door.asyncio.Event().wait()
+        await asyncio.Event().wait()
         raise AssertionError
         yield
 
