@@ -24,7 +24,7 @@ from server.chat import ChatService
 from server.door import REFUSED, ReplicaGone, Report, create_door, run
 from server.prompt import PromptRenderer
 from server.sessions import Wish, rank, response_tag
-from tests.fakes import FakeEngine, Script, script
+from tests.fakes import FakeEngine, Script, script, wait_until
 
 STEP = 0.02
 HELLO = script("Hello", " you")
@@ -115,13 +115,6 @@ def build(prompts: PromptRenderer, listening: Any) -> Iterator[Callable[..., Bui
             return stack.enter_context(listening(create_door(several, AppSettings(**options)))), several
 
         yield start
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.002)
 
 
 def events(text: str) -> list[Any]:
