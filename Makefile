@@ -4,6 +4,8 @@
 #   make test-clients                             other people's clients against the server; installs them first
 #   make test-load                                guidellm and aiperf against it; installs seven gigabytes first
 #   make test-image [ARGS="--target cuda"]        build the container image without Docker, and chat with it (as root)
+#   make test-cluster                             two replicas on Ray Serve; installs Ray first
+#   make bench-cluster                            what two replicas do in the time of one
 #   make fuzz  [CASES=100000]                     the fuzz tests of the suite with so many cases
 #   make check                                    ruff, ruff format, mypy --strict, import contracts, pip-audit where it can run
 #   make bench [ARGS="--requests 5"]              speed of the bundled demo model on this machine
@@ -27,10 +29,11 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --pro
 FAILED := { grep -v '^WARNING' $(LOG) | tail -n 15 >&2; echo "The installation failed; all of it is in $(LOG)." >&2; exit 1; }
 
 .NOTPARALLEL:
-.PHONY: help serve test test-clients test-load test-image fuzz check audit bench schemas web kernels clean
+.PHONY: help serve test test-clients test-load test-image test-cluster bench-cluster fuzz check audit bench schemas web \
+	kernels clean
 
 help:
-	@sed -n '2,13s/^#   //p' Makefile
+	@sed -n '2,15s/^#   //p' Makefile
 
 serve: $(STAMP)-run
 	@exec $(BIN)/easel serve $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -85,6 +88,18 @@ test-load: $(STAMP)-test .venv-load/.installed
 test-image: | $(BIN)/python
 	@$(BIN)/python tests/image/try_image.py $(ARGS)
 
+# Ray stays out of .venv for its size. Some of it listens on every address, so it gets a network where there is only
+# loopback; and its processes go with the one that started it.
+ALONE := unshare --user --map-root-user --net --pid --fork --kill-child --mount-proc \
+	  bash -c 'ip link set lo up && "$$@"; exit $$?' --
+
+test-cluster: .venv-cluster/.installed
+	$(ALONE) .venv-cluster/bin/python -m pytest -p no:cacheprovider -c tests/cluster/pytest.ini --rootdir tests/cluster \
+	  tests/cluster $(ARGS)
+
+bench-cluster: .venv-cluster/.installed
+	@PYTHONPATH=. $(ALONE) .venv-cluster/bin/python tests/bench/cluster.py $(ARGS)
+
 fuzz: $(STAMP)-test
 	FUZZ_CASES=$(CASES) $(BIN)/python -m pytest --timeout 0 tests/server/test_fuzz.py tests/server/test_own_openapi.py $(ARGS)
 
@@ -110,7 +125,7 @@ audit: .venv-audit/.installed
 	  'pip-audit>=2.7,<3' >.venv-audit/install.log 2>&1; then echo installed >$@; else : >$@; fi
 
 clean:
-	rm -rf .venv .venv-clients .venv-clients-openai3 .venv-load .venv-audit tests/clients/node/node_modules server/web/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-clients .venv-clients-openai3 .venv-load .venv-cluster .venv-audit tests/clients/node/node_modules server/web/node_modules build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 $(STAMP)-run: $(INPUTS) | $(BIN)/python
 	@echo "Installing easel into .venv (the first time takes a few minutes) ..."
@@ -120,6 +135,13 @@ $(STAMP)-run: $(INPUTS) | $(BIN)/python
 $(STAMP)-test $(STAMP)-dev: $(STAMP)-%: $(INPUTS) | $(BIN)/python
 	@echo "Installing easel[$*] into .venv (the first time takes a few minutes) ..."
 	@$(PIP) -e '.[$*]' >$(LOG) 2>&1 || $(FAILED)
+	@touch $@
+
+.venv-cluster/.installed: $(INPUTS) | $(BIN)/python
+	@echo "Installing easel[cluster] into .venv-cluster (the first time takes a few minutes) ..."
+	@$(BIN)/python -m venv .venv-cluster
+	@.venv-cluster/bin/python -m pip install --disable-pip-version-check --no-input --progress-bar off -c constraints.txt \
+	  -e '.[cluster]' pytest pytest-timeout >.venv-cluster/install.log 2>&1 || { tail -n 15 .venv-cluster/install.log >&2; exit 1; }
 	@touch $@
 
 .venv-clients/.installed: tests/clients/requirements.txt

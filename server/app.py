@@ -55,6 +55,7 @@ class AppSettings:
     max_body_bytes: int = 10_000_000
     max_messages: int = 10_000
     log_content: bool = False
+    response_tag: str = ""  # begins the ids of stored responses, where several servers have one address
     span: SpanAround | None = None
 
 
@@ -112,7 +113,7 @@ def create_app(service: ChatService, settings: AppSettings) -> FastAPI:
 
 
 def _add_responses(app: FastAPI, service: ChatService, settings: AppSettings) -> None:
-    store = ResponseStore()
+    store = ResponseStore(tag=settings.response_tag)
     _add_reply_route(app, service, settings, "/v1/responses", partial(responses.read, store))
 
     @app.get("/v1/responses/{response_id}")

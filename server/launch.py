@@ -72,7 +72,7 @@ def serve(settings: Settings) -> None:
             if server is not None:
                 server.should_exit = True
 
-        bridge = _bridge(settings, stop, tracing)
+        bridge = build_bridge(settings, stop, tracing)
         service = chat_service(bridge, model_names(settings))
         bridge.start()
         try:
@@ -129,7 +129,7 @@ def checked_keys(server: ServerSettings) -> tuple[str, ...]:
 @contextmanager
 def own_server(settings: Settings) -> Iterator[str]:
     """A server of our own on a free loopback port, in a thread: the chat is a client like any other."""
-    with closing(bind("127.0.0.1", 0)) as listener, _bridge(settings) as bridge:
+    with closing(bind("127.0.0.1", 0)) as listener, build_bridge(settings) as bridge:
         service = chat_service(bridge, model_names(settings))
         listener.listen()
         server = uvicorn.Server(_uvicorn_config(service, settings, settings.server.keys()))
@@ -187,7 +187,10 @@ def size_in_words(count: float) -> str:
     return f"{count:.1f} GB"
 
 
-def _bridge(settings: Settings, on_failure: Callable[[], None] | None = None, tracing: Tracing | None = None) -> Bridge:
+def build_bridge(
+    settings: Settings, on_failure: Callable[[], None] | None = None, tracing: Tracing | None = None
+) -> Bridge:
+    """The loaded model with the thread that will own it, not started yet. Raises EngineError."""
     engine = build_engine(settings.engine.options(progress=sys.stderr.isatty()))
     return Bridge(
         engine,
@@ -215,23 +218,8 @@ def _traced(settings: Settings) -> Iterator[Tracing | None]:
 def _uvicorn_config(
     service: ChatService, settings: Settings, keys: tuple[str, ...], tracing: Tracing | None = None
 ) -> uvicorn.Config:
-    told = settings.server
-    application = create_app(
-        service,
-        AppSettings(
-            keys=Keys(keys),
-            names=_names(told, keys),
-            cors_origins=told.cors_origin,
-            drain_seconds=told.drain + _LAST_WORDS,
-            request_seconds=told.request_timeout,
-            max_body_bytes=int(told.max_body * 1e6),
-            max_messages=told.max_messages,
-            log_content=told.log_content,
-            span=tracing.span if tracing else None,
-        ),
-    )
     return uvicorn.Config(
-        application,
+        create_app(service, app_settings(settings.server, keys, tracing)),
         http=bounded(),
         ws="none",
         backlog=BACKLOG,
@@ -240,7 +228,26 @@ def _uvicorn_config(
         log_level="warning",
         access_log=False,  # ours has the request's id, and how long it took
         server_header=False,
-        timeout_graceful_shutdown=int(told.drain + _LAST_WORDS) + 2,  # streams end themselves first, and say why
+        timeout_graceful_shutdown=int(settings.server.drain + _LAST_WORDS)
+        + 2,  # streams end themselves first, and say why
+    )
+
+
+def app_settings(
+    told: ServerSettings, keys: tuple[str, ...], tracing: Tracing | None = None, *, response_tag: str = ""
+) -> AppSettings:
+    """What the settings say of the HTTP side."""
+    return AppSettings(
+        keys=Keys(keys),
+        names=_names(told, keys),
+        cors_origins=told.cors_origin,
+        drain_seconds=told.drain + _LAST_WORDS,
+        request_seconds=told.request_timeout,
+        max_body_bytes=int(told.max_body * 1e6),
+        max_messages=told.max_messages,
+        log_content=told.log_content,
+        response_tag=response_tag,
+        span=tracing.span if tracing else None,
     )
 
 

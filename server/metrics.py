@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 from engine import CanvasDone, CanvasDraft, EngineInfo, EngineStats, Event, Finished, FinishReason
@@ -230,3 +231,24 @@ class _EngineCollector(Collector):
             memory.add_metric(["used"], stats.memory.used)
             memory.add_metric(["total"], stats.memory.total)
         yield memory
+
+
+def merged(expositions: Mapping[str, bytes]) -> bytes:
+    """The expositions of several servers as one, each sample with a label `replica` that says whose it is."""
+    families: dict[str, Metric] = {}
+    for replica, exposition in expositions.items():
+        for family in text_string_to_metric_families(exposition.decode()):
+            whole = families.setdefault(family.name, Metric(family.name, family.documentation, family.type))
+            for sample in family.samples:
+                whole.samples.append(sample._replace(labels={**sample.labels, "replica": replica}))
+    registry = CollectorRegistry()
+    registry.register(_Families(families.values()))
+    return generate_latest(registry)
+
+
+class _Families(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families

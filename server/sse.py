@@ -92,6 +92,12 @@ async def _events(
         yield ServerSentEvent(DONE, sep=_LINE_END)
 
 
+def ending(error: ApiError, framing: Framing) -> bytes:
+    """What ends a stream, from outside, that cannot go on: the error and, where the format has it, `[DONE]`."""
+    text = _event(framing.error(error), framing).encode()
+    return text + ServerSentEvent(DONE, sep=_LINE_END).encode() if framing.done else text
+
+
 def _event(payload: dict[str, Any], framing: Framing) -> ServerSentEvent:
     text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
     return ServerSentEvent(text.translate(_LINE_BREAKS), event=framing.name(payload), sep=_LINE_END)

@@ -371,3 +371,11 @@ class FakeEngine:
         if self._thread is None:
             self._thread = current
         assert self._thread == current, "the engine was touched from two threads"
+
+
+def wait_until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
+    """Returns once the condition is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.002)

@@ -27,9 +27,13 @@ class Stored:
 
 
 class ResponseStore:
-    """Responses by id. Used from one event loop only."""
+    """Responses by id. Used from one event loop only.
 
-    def __init__(self, most: int = MOST_RESPONSES, most_characters: int = MOST_CHARACTERS) -> None:
+    `tag` goes into the ids, so that whoever stands before several servers sees which one keeps a response.
+    """
+
+    def __init__(self, most: int = MOST_RESPONSES, most_characters: int = MOST_CHARACTERS, *, tag: str = "") -> None:
+        self.tag = tag
         self._most = most
         self._most_characters = most_characters
         self._kept: OrderedDict[str, tuple[Stored, int]] = OrderedDict()

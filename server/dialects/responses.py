@@ -91,15 +91,12 @@ class AskedResponse:
         return {"type": type, "sequence_number": next(self._numbers), **fields}
 
     def _error_event(self, error: ApiError) -> Json:
-        # Flat is OpenAI's form; its own client raises only if there is also a nested one.
-        details = error.body()["error"]
-        flat = {"code": error.code, "message": error.message, "param": error.param}
-        return self._event("error", **flat, error=details)
+        return error_event(error, next(self._numbers))
 
     def _response(self, reply: Reply, status: str, output: list[Json]) -> Json:
         request = self._request
         return {
-            "id": f"resp_{reply.id}",
+            "id": f"resp_{self._store.tag}{reply.id}",
             "object": "response",
             "created_at": reply.created,
             "status": status,
@@ -264,6 +261,13 @@ def delete(store: ResponseStore, response_id: str) -> Json:
     if not store.delete(response_id):
         raise _gone(response_id)
     return {"id": response_id, "object": "response", "deleted": True}
+
+
+def error_event(error: ApiError, number: int) -> Json:
+    """The event that tells of an error, as the stream's event of that number."""
+    # Flat is OpenAI's form; its own client raises only if there is also a nested one.
+    flat = {"code": error.code, "message": error.message, "param": error.param}
+    return {"type": "error", "sequence_number": number, **flat, "error": error.body()["error"]}
 
 
 def _gone(response_id: str) -> ApiError:

@@ -17,7 +17,7 @@ from server.app import AppSettings, create_app
 from server.bridge import Bridge
 from server.chat import ChatService
 from server.prompt import PromptRenderer
-from tests.fakes import FakeEngine, Script, script
+from tests.fakes import FakeEngine, Script, script, wait_until
 
 STEP = 0.02
 ENDLESS = Script([[173]] * 100_000, steps=1, step_seconds=STEP)  # 173 is a letter
@@ -41,13 +41,6 @@ def run(prompts: PromptRenderer, listening: Any) -> Iterator[Callable[..., Runni
             return stack.enter_context(listening(app)), engine
 
         yield start
-
-
-def wait_until(condition: Callable[[], Any], seconds: float = 5.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.002)
 
 
 def steps_until_cancelled(engine: FakeEngine) -> int:
