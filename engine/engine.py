@@ -203,7 +203,6 @@ class DiffusionEngine:
             pools.sliding,
             info.load_seconds,
         )
-        model = assemble(config, checkpoint.tensors, pool, kernels)
         return cls(
             model,
             pool.slots,
