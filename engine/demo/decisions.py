@@ -1,4 +1,4 @@
-"""Decisions with known odds: a bag of balls, guests and their opinions, and things that are certain.
+"""Decisions with known odds: beads in a box, guests and their opinions, days of rain.
 
 The wording around them is the server's own (`server/dialects/decisions.py`; a test holds the two together). The answer
 that training sees is drawn with the odds, so a model that learned the task says what they are. Knows texts, no tokens.
@@ -9,15 +9,13 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from string import ascii_uppercase
 
 from engine.demo import words as W
 
 PREFILL = "<|channel>thought\n<channel|>"  # no thought, said before the canvas: the published model wants it there
-TOTAL = 10  # balls in a bag, guests at a table: odds are tenths
-_NOUNS = (("bag", "balls", "ball"), ("box", "beads", "bead"))
+TOTAL = 10  # beads in a box, guests at a table, days: odds are tenths
 _LEVELS = ("bad", "fair", "good")
 
 
@@ -79,63 +77,38 @@ def _shares(r: random.Random, parts: int) -> list[int]:
     return [high - low for low, high in zip((0, *cuts), (*cuts, TOTAL), strict=True)]
 
 
-def _bag(r: random.Random) -> Decision:
-    where, many, one = r.choice(_NOUNS)
-    parts = r.choice((2, 2, 3))
-    *colours, absent = r.sample(W.COLOURS, parts + 1)
-    counts = _shares(r, parts)
+def _which(r: random.Random) -> tuple[str, ...]:
+    """What the questions are about: one thing, or in a third of the cases two or three, none knowing of the others."""
+    count = r.choice((1, 1, 1, 1, 2, 3))
+    return ("next",) if count == 1 else ("first", "second", "third")[:count]
+
+
+def _box(r: random.Random) -> Decision:
+    colours = r.sample(W.COLOURS, r.choice((2, 2, 3)))
+    counts = _shares(r, len(colours))
     told = [f"{count} {colour}" for count, colour in zip(counts, colours, strict=True)]
-    text = f"A {where} holds {', '.join(told[:-1])} and {told[-1]} {many}. One {one} is drawn."
-    odds = dict(zip(colours, (count / TOTAL for count in counts), strict=True)) | {absent: 0.0}
-
-    def predicate() -> Question:
-        colour = absent if r.random() < 1 / 6 else r.choice(colours)
-        return _predicate(f"The {one} is {colour}.", odds[colour])
-
-    def choice() -> Question:
-        offered = [*colours, absent] if r.random() < 0.3 else list(colours)
-        r.shuffle(offered)
-        options = tuple(json.dumps(colour) for colour in offered)
-        return Question(f"Which colour is the {one}?", options, tuple(odds[colour] for colour in offered))
-
-    return Decision(text, _some(r, (predicate, choice)), ("decide", *sorted(zip(colours, counts, strict=True))))
+    text = f"A box holds {', '.join(told[:-1])} and {told[-1]} beads. Each bead drawn is put back."
+    options = tuple(json.dumps(colour) for colour in colours)
+    odds = tuple(count / TOTAL for count in counts)
+    questions = tuple(Question(f"Which colour is the {which} bead?", options, odds) for which in _which(r))
+    return Decision(text, questions, ("decide", *zip(colours, counts, strict=True)))
 
 
 def _guests(r: random.Random) -> Decision:
     counts = _shares(r, 3)
+    text = f"Of {TOTAL} guests {counts[0]} found the food bad, {counts[1]} fair and {counts[2]} good."
     odds = tuple(count / TOTAL for count in counts)
-    text = (
-        f"Of {TOTAL} guests {counts[0]} found the food bad, {counts[1]} fair and {counts[2]} good. One guest is asked."
-    )
-
-    def score() -> Question:
-        return Question("How does the guest find the food?", _LEVELS, odds)
-
-    def predicate() -> Question:
-        level = r.randrange(3)
-        return _predicate(f"The guest finds the food {_LEVELS[level]}.", odds[level])
-
-    return Decision(text, _some(r, (score, predicate)), ("decide", "guests", *counts))
+    questions = tuple(Question(f"How does the {which} guest find the food?", _LEVELS, odds) for which in _which(r))
+    return Decision(text, questions, ("decide", "guests", *counts))
 
 
-def _certain(r: random.Random) -> Decision:
-    right = r.random() < 0.5
-    if r.random() < 0.5:
-        name, age = r.choice(W.NAMES), r.randrange(1, 100)
-        other = age if right else r.choice([each for each in range(1, 100) if each != age])
-        question = _predicate(f"{name} is {other} years old.", float(right))
-        return Decision(f"{name} is {age} years old.", (question,), ("decide", name, age))
-    a, b = r.randrange(100), r.randrange(100)
-    told = a + b if right else a + b + r.choice((-10, -2, -1, 1, 2, 10))
-    return Decision(f"{a} + {b} = {told}.", (_predicate("The sum is right.", float(right)),), ("add", a, b))
-
-
-def _some(r: random.Random, kinds: tuple[Callable[[], Question], ...]) -> tuple[Question, ...]:
-    """One question, or in a third of the cases two or three."""
-    count = r.choice((1, 1, 1, 1, 2, 3))
-    return tuple(r.choice(kinds)() for _ in range(count))
+def _rain(r: random.Random) -> Decision:
+    city, days = r.choice(W.CITIES), r.randrange(TOTAL + 1)
+    text = f"In {city} it rains on {days} of {TOTAL} days."
+    questions = tuple(_predicate(f"It rains on the {which} day.", days / TOTAL) for which in _which(r))
+    return Decision(text, questions, ("decide", "rain", city, days))
 
 
 def draw(r: random.Random) -> Decision:
     """Any decision."""
-    return r.choice((_bag, _bag, _guests, _certain))(r)
+    return r.choice((_box, _guests, _rain))(r)

@@ -86,7 +86,6 @@ _GIFTS = (
     "golden key",
     "silver bell",
     "tiny lamp",
-    "old map",
     "blue feather",
     "red ribbon",
     "round mirror",
@@ -162,7 +161,7 @@ def _help(s: State) -> list[tuple[str, State]]:
 def _told(s: State) -> list[tuple[str, State]]:
     return [
         (w.format_map({**s, "who": who, "after": after}), s)
-        for who in ("a little sister", "a big brother", "a wise grandmother", "the whole family")
+        for who in ("a little sister", "a big brother", "a wise grandmother")
         for after in styled(s, _AFTER[s["problem"]])
         for w in styled(
             s, ("That evening {name} told {who} about {after}.", "At home, {name} told {who} all about {after}.")
@@ -179,14 +178,13 @@ STORY: tuple[Sentence, ...] = (
          "One {when} morning, {name} met {a_animal} at the {place}.",
          "On a {when} day, {a_animal} came out of the {place} and looked at {name}."),
     _problem,
-    free("{name} thought for a moment and had an idea.", "{name} sat down and thought for a long moment.",
-         "{name} smiled for a moment and had an idea."),
+    free("{name} thought for a moment and had an idea.", "{name} smiled for a moment and had an idea."),
     _help,
-    slot("joy", ("danced for an hour", "jumped up and down", "sang a happy tune", "smiled for an hour"),
+    slot("joy", ("danced for an hour", "smiled for an hour"),
          "The {animal} was so glad that it {joy}.", "Full of joy, the {animal} {joy}."),
     slot("gift", _GIFTS, "To say thank you, the {animal} gave {name} {a_gift}.",
          "\"This is for you,\" said the {animal}, and gave {name} {a_gift}."),
-    slot("kept", ("in a wooden box", "under a soft pillow", "on a high shelf", "beside the small window"),
+    slot("kept", ("in a wooden box", "under a soft pillow", "on a high shelf"),
          "{name} carried the {gift} home and kept it {kept}.",
          "Back home, {name} put the {gift} {kept}."),
     _told,
@@ -197,16 +195,16 @@ STORY: tuple[Sentence, ...] = (
          "Every {day}, {name} and the {animal} met again at the {place}.",
          "From then on, {name} visited the {animal} at the {place} every {day}."),
     free("{name} and the {animal} stayed friends for many years.",
-         "And so {name} and the {animal} became best friends.",
-         "{name} and the {animal} were happy for many years.",
-         "The {trait} child and the {animal} were never lonely again."),
+         "{name} and the {animal} were happy for many years."),
     fixed("The end."),
 )  # fmt: skip
 
 # ------------------------------------------------------------------------------------------------------------- chat
 
-SKILLS = ("add small numbers", "name capital cities", "sort some words", "reverse word lists",
-          "answer with JSON", "call your tools", "write short stories", "remember your name")  # fmt: skip
+# by place in the sentence, so that none is named twice: three free choices from one list would meet now and then
+SKILLS = (("add small numbers", "name capital cities", "sort some words"),
+          ("reverse word lists", "answer with JSON", "call your tools"),
+          ("write short stories", "remember your name"))  # fmt: skip
 
 
 _FRAMES = (("I can", "and"), ("Ask me to", "or"), ("I know how to", "and"))
@@ -214,23 +212,16 @@ _FRAMES = (("I can", "and"), ("Ask me to", "or"), ("I know how to", "and"))
 
 def _first_skill(s: State) -> list[tuple[str, State]]:
     return [
-        (f"{opening} {skill},", {**s, "said": skill, "joint": joint})
-        for opening, joint in styled(s, _FRAMES)
-        for skill in SKILLS
+        (f"{opening} {skill},", {**s, "joint": joint}) for opening, joint in styled(s, _FRAMES) for skill in SKILLS[0]
     ]
 
 
-def _second_skill(s: State) -> list[tuple[str, State]]:
-    return [(skill, {**s, "also": skill}) for skill in SKILLS if skill != s["said"]]
-
-
 def _third_skill(s: State) -> list[tuple[str, State]]:
-    return [(f"{s['joint']} {skill}.", s) for skill in SKILLS if skill not in (s["said"], s["also"])]
+    return [(f"{s['joint']} {skill}.", s) for skill in SKILLS[2]]
 
 
-_OFFER: tuple[Sentence, ...] = (_first_skill, _second_skill, _third_skill)  # one sentence; no skill twice
-_QUESTION = free("What would you like to do?", "What do you want to try?", "How can I help you today?",
-                 "What can I do for you?", "Where would you like to start?")  # fmt: skip
+_OFFER: tuple[Sentence, ...] = (_first_skill, free(*SKILLS[1]), _third_skill)  # one sentence; no skill twice
+_QUESTION = free("What would you like to do?", "What do you want to try?")
 CHAT: dict[str, tuple[Sentence, ...]] = {
     "hello": (
         free("Good to see you!", "Nice to see you!", "Hi and welcome!", "Hey and welcome!"),
@@ -282,7 +273,7 @@ CHAT: dict[str, tuple[Sentence, ...]] = {
         _QUESTION,
     ),
     "other": (
-        free("That is beyond me.", "I cannot do that.", "I never learned that.", "I cannot help there."),
+        free("I cannot do that.", "I cannot help there."),
         fixed("I am only a demo model.", "My training was short and simple.", "I know just a handful of tasks.",
               "There are bigger models for such things."),
         *_OFFER, _QUESTION,

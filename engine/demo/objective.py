@@ -25,6 +25,8 @@ from engine.demo.training_model import TrainingModel
 
 GAP = 0.15  # share of canvases that are gaps
 DOCUMENT_GAP = 0.7  # the same of raw texts, which are there to be filled in
+BRIEF = 12  # tokens: replies that are as brief as decisions
+BRIEF_GAP = 0.4  # the same of them
 FULL_NOISE = 0.4  # share of the other canvases that are noise throughout, as the sampler's first is
 CLEAN_START = 0.25  # share whose beginning is clean, and the rest noise of its own share t
 SHORT_GAP = 8  # tokens: half of the gaps have at most so many
@@ -32,8 +34,8 @@ GAP_AT_START = 0.4  # share of gaps that begin where the canvas begins, as infil
 GAP_TO_END = 0.2  # share of gaps that reach the end of the canvas, as behind what a grammar has settled
 SCATTERED = 0.3  # share of gaps beside which single positions are free, as where several questions are asked
 ACCEPTED = 0.8  # share of second canvases that are the sampler's; the others keep the first's noise
-DRAWN = 0.3  # share of the sampler's canvases whose sure positions hold what the model drew, right or wrong
-SURE = 0.5  # nats: below it, a draw that is not the reply is a mistake and not another choice
+DRAWN = 0.1  # share of the sampler's canvases whose sure positions hold what the model drew, right or wrong
+SURE = 0.05  # nats: below it, a draw that is not the reply is a mistake and not another choice
 FILL_WEIGHT = 0.2  # of a position behind the reply's end, or held
 CAUSAL_WEIGHT = 0.3
 BALANCE_WEIGHT = 0.01
@@ -53,7 +55,9 @@ def losses(model: TrainingModel, batch: Batch, use_soft: bool) -> tuple[Tensor, 
     position = torch.arange(canvas.shape[-1], device=canvas.device)
     in_reply = position < batch.inside[..., None]
     exists = batch.canvas_owner[..., None] >= 0
-    weight = torch.where(in_reply & ~held, 1.0, FILL_WEIGHT) * exists
+    # the tokens of a short reply weigh more: a decision is one letter, and would be lost among stories
+    of_one = (canvas.shape[-1] / batch.inside.clamp(min=1)[..., None]) ** 0.5
+    weight = torch.where(in_reply & ~held, of_one, FILL_WEIGHT) * exists
     denoise, of_reply = cross_entropy(hidden, model.embed_tokens.weight, canvas.flatten(1), weight, in_reply & exists)
     known = (batch.owner[:, 1:] == batch.owner[:, :-1]) & (batch.owner[:, 1:] >= 0)
     causal, _ = cross_entropy(seen[:, :-1], model.embed_tokens.weight, clean[:, 1:], known.float(), known)
@@ -88,7 +92,8 @@ def with_noise(canvas: Tensor, inside: Tensor, vocab: int) -> tuple[Tensor, Tens
     replaced = torch.rand(canvas.shape, device=device) < t
     replaced &= ~(from_start & (position < start))
     ends = (canvas == EOS) & (position < inside[..., None])  # a raw text ends with it, a turn does not
-    share = torch.where(ends.any(-1, keepdim=True), DOCUMENT_GAP, GAP)
+    share = torch.where(inside[..., None] <= BRIEF, BRIEF_GAP, GAP)
+    share = torch.where(ends.any(-1, keepdim=True), DOCUMENT_GAP, share)
     has_gap = torch.rand(rows, count, 1, device=device) < share
     gap = gaps(inside, length)
     whole = torch.rand(rows, count, 1, device=device) < 0.5

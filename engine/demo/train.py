@@ -2,6 +2,10 @@
 
     python -m engine.demo.train --out DIR --resume engine/demo/checkpoint --minutes 13      # one data-centre GPU
     python -m engine.demo.train --out DIR --minutes 1 --rows 4 --workers 0                  # tries it on a CPU
+    python -m engine.demo.train --out DIR --resume A B --minutes 0 --workers 0              # the mean of two runs
+
+Without workers a run has one thread: on a CPU, a run a core from the same weights, with seeds of their own, and the
+mean of what they wrote, again and again.
 
 On a GPU the layers are compiled and the whole step (passes, gradients, optimizer, average) is captured as two CUDA
 graphs, one with self-conditioning and one without. What fails there is said on a line with "fallback", and training
@@ -35,7 +39,7 @@ from engine.demo.dataset import Batch, Chats
 from engine.demo.training_model import Shape, TrainingModel, export, restore
 
 HERE = Path(__file__).with_name("checkpoint")
-AVERAGE = 0.002  # share of the trained weights that enters the average at each step
+AVERAGE = 0.002  # share of the trained weights that enters the average at each step, unless said otherwise
 WITHOUT_SOFT = 0.25  # share of steps whose canvases are the sampler's first: without self-conditioning
 LOG_EVERY = 100  # steps
 
@@ -48,7 +52,9 @@ def say(**facts: object) -> None:
 class Stepper:
     """One training step over a batch of fixed shape, in place; captured as graphs where `capture` succeeded."""
 
-    def __init__(self, model: TrainingModel, rows: int, lr: float) -> None:
+    def __init__(self, model: TrainingModel, rows: int, lr: float, average: float = AVERAGE) -> None:
+        """`average`: share of the trained weights that enters the running average at each step."""
+        self.share = average
         self.model, self.device = model, model.embed_tokens.weight.device
         cuda = self.device.type == "cuda"
         self.batch = Batch.empty(rows, model.shape.canvas, self.device)
@@ -103,7 +109,7 @@ class Stepper:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
         self.optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.average, self.parameters, AVERAGE)
+            torch._foreach_lerp_(self.average, self.parameters, self.share)
             self.facts.copy_(torch.cat((parts, norm[None])))
 
     def capture(self) -> None:
@@ -163,8 +169,8 @@ class Trainer:
             torch.backends.cuda.enable_cudnn_sdp(False)
         model = TrainingModel(Shape()).to(self.device)
         if o.resume:
-            restore(model, o.resume)
-        self.stepper = Stepper(model, o.rows, o.lr)
+            restore(model, *o.resume)
+        self.stepper = Stepper(model, o.rows, o.lr, o.average)
         self.step = 0
         self._evaluation: subprocess.Popen[bytes] | None = None
 
@@ -275,10 +281,16 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     p.add_argument("--tokenizer", type=Path, default=HERE)
-    p.add_argument("--resume", type=Path, help="checkpoint folder whose weights training starts from")
+    p.add_argument(
+        "--resume",
+        type=Path,
+        nargs="+",
+        help="checkpoint folder whose weights training starts from; the mean of several",
+    )
     p.add_argument("--minutes", type=float, default=13, help="of the whole run, preparations included")
     p.add_argument("--rows", type=int, default=80, help="rows a step, 576 tokens each")
     p.add_argument("--lr", type=float, default=1.5e-3)
+    p.add_argument("--average", type=float, default=AVERAGE, help="share of a step in the running average written")
     p.add_argument("--warmup", type=int, default=200, help="steps")
     p.add_argument("--decay-from", type=float, default=0.35, help="share of the time after which the rate falls")
     p.add_argument("--workers", type=int, default=8, help="processes that generate examples")

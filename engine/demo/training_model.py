@@ -293,14 +293,16 @@ class TrainingModel(nn.Module):
         return scaled
 
 
-def restore(model: TrainingModel, folder: Path) -> None:
-    """Take over the weights that `export` wrote into `folder`."""
+def restore(model: TrainingModel, *folders: Path) -> None:
+    """Take over the weights that `export` wrote into a folder, or the mean of those in several."""
     from safetensors.torch import load_file
 
-    stored = {
-        name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()
-    }
-    model.load_state_dict({name: stored["model.decoder." + name].float() for name in model.state_dict()})
+    stored = [
+        {name: tensor for shard in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(shard).items()}
+        for folder in folders
+    ]
+    names = [(name, "model.decoder." + name) for name in model.state_dict()]
+    model.load_state_dict({name: torch.stack([each[long].float() for each in stored]).mean(0) for name, long in names})
 
 
 def export(model: TrainingModel, folder: Path) -> None:

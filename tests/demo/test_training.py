@@ -158,8 +158,8 @@ def test_a_run_that_resumes_and_ends_writes_the_same_weights(
 ) -> None:
     out = tmp_path / "checkpoint"
     options = argparse.Namespace(
-        out=out, tokenizer=HERE, resume=HERE, minutes=0.0, rows=1, lr=1e-3, warmup=1, decay_from=0.5, workers=0,
-        write_every=1.0, evaluate=0, evaluators=1, no_compile=False, no_graphs=False, seed=0,
+        out=out, tokenizer=HERE, resume=[HERE], minutes=0.0, rows=1, lr=1e-3, warmup=1, decay_from=0.5, workers=0,
+        write_every=1.0, evaluate=0, evaluators=1, no_compile=False, no_graphs=False, seed=0, average=0.002,
     )  # fmt: skip
     random.seed(0)
     train.Trainer(options).run()
@@ -182,3 +182,14 @@ def test_the_rate_set_is_the_rate_trained_with(batches: list[Batch]) -> None:
     stepper.set_rate(1e-3)
     stepper.run(False)
     assert not all(torch.equal(p, b) for p, b in zip(stepper.parameters, before, strict=True))
+
+
+def test_several_folders_are_averaged(tmp_path: Path) -> None:
+    ours = TrainingModel(Shape())
+    restore(ours, HERE)
+    other = TrainingModel(Shape())
+    train.export(other, tmp_path)
+    mean = TrainingModel(Shape())
+    restore(mean, HERE, tmp_path)
+    written = other.norm.weight.bfloat16().float()
+    assert torch.allclose(mean.norm.weight, (ours.norm.weight + written) / 2)
