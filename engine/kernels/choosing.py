@@ -2,8 +2,8 @@
 
 The ways are those of `linears`, of `experts`, and of self-conditioning's embedding (`output`, `soft_embedding`). Each
 is timed alone, over the weights of several layers, so that no cache holds them, and the usual way stays unless another
-is faster by GAIN: what is as good as equal should not differ from start to start. Knows shapes and functions, no
-layers.
+is faster by GAIN: what is as good as equal should not differ from start to start. A way that computes something else on
+this chip than the usual one is never chosen. Knows shapes and functions, no layers.
 
 Invariant: what was chosen depends on shapes only, never on what is in the rows or beside them, and does not change.
 """
@@ -37,13 +37,15 @@ from engine.kernels.linears import (
 from engine.kernels.weights import Weight, plain, shape
 
 GAIN = 0.03
+WRONG = 0.1  # of a result's norm: 8-bit rows move it by a quarter of that, what is wrong by more than all of it
 LAYERS = 12  # whose matrices are multiplied in turn: 12 of the smallest dense ones fill no cache of any chip
 EXPERT_LAYERS = 2  # a layer's experts alone are 400 MB and more
 LAPS = 5
 
 T = TypeVar("T")
-Run = Callable[[], object]
-Timer = Callable[[Sequence[Run]], float]  # microseconds that a chip takes for one of some functions, run in turn
+Run = Callable[[], Tensor]
+# what a chip takes for one of some functions, run in turn, in microseconds; and what the first of them returns
+Timer = Callable[[Sequence[Run]], tuple[float, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Choices:
 class GraphTimer:
     """Times functions as captured ones run: without what launching costs the host."""
 
-    def __call__(self, runs: Sequence[Run]) -> float:
-        runs[0]()  # compiles, and sets libraries up
+    def __call__(self, runs: Sequence[Run]) -> tuple[float, Tensor]:
+        result = runs[0]()  # compiles, and sets libraries up
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for run in runs:
@@ -74,7 +76,7 @@ class GraphTimer:
             end.record()
             end.synchronize()
             laps.append(begin.elapsed_time(end))
-        return float(1000 * min(laps) / len(runs))
+        return 1000 * min(laps) / len(runs), result
 
 
 @torch.inference_mode()
@@ -107,23 +109,31 @@ def _layers(weights: Mapping[str, Weight]) -> list[dict[str, Weight]]:
     return list(found.values())
 
 
-def fastest(usual: T, others: Iterable[T], timed: Callable[[T], float], what: str, told: list[str]) -> T:
-    """The usual one unless another is faster by GAIN. One that this chip or its libraries refuse is passed over, and
-    told of; a device that failed is not."""
-    before = best = timed(usual)
-    chosen = usual
+def fastest(usual: T, others: Iterable[T], timed: Callable[[T], tuple[float, Tensor]], what: str, told: list[str]) -> T:
+    """The usual one unless another is faster by GAIN. One that this chip or its libraries refuse, or whose result is
+    not the usual one's, is passed over, and told of; a device that failed is not."""
+    before, expected = timed(usual)
+    chosen, best = usual, before
     for other in others:
         try:
-            taken = timed(other)
-        except (RuntimeError, triton.TritonError) as error:
-            if isinstance(error, torch.AcceleratorError):
+            taken, result = timed(other)
+            error = _distance(result, expected)
+        except (RuntimeError, triton.TritonError) as refusal:
+            if isinstance(refusal, torch.AcceleratorError):
                 raise
-            told.append(f"{what}: {other} is refused ({str(error).strip().splitlines()[0][:80]})")
+            told.append(f"{what}: {other} is refused ({str(refusal).strip().splitlines()[0][:80]})")
             continue
-        if taken < best and taken < (1 - GAIN) * before:
+        if not error < WRONG:  # nan is wrong too
+            told.append(f"{what}: {other} is wrong here (off by {error:.2g} of the result)")
+        elif taken < best and taken < (1 - GAIN) * before:
             chosen, best = other, taken
     told.append(f"{what}: {chosen}, {best:.0f} us" + (f" instead of {before:.0f}" if chosen != usual else ""))
     return chosen
+
+
+def _distance(result: Tensor, expected: Tensor) -> float:
+    """|result - expected| / |expected|."""
+    return float((result.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
 
 
 def _choose_linears(
@@ -148,7 +158,7 @@ def _choose_linears(
 
         def timed(
             way: Way, x: Tensor = x, product: Product = product, pairs: list[tuple[Weight, Weight]] = pairs
-        ) -> float:
+        ) -> tuple[float, Tensor]:
             return time([partial(_multiply, x, *pair, way, product, linears) for pair in pairs[:LAYERS]])
 
         usual, *others = ways(product.form, rows, chip_of(x.device), eight_bit=eight_bit)
@@ -203,7 +213,7 @@ def _choose_experts(
             chosen: Tensor = chosen,
             shares: Tensor = shares,
             pairs: list[tuple[Weight, Weight]] = pairs,
-        ) -> float:
+        ) -> tuple[float, Tensor]:
             return time([partial(experts_by, way, x, shares, chosen, *pair) for pair in pairs[:EXPERT_LAYERS]])
 
         usual, *others = expert_ways(*pairs[0], rows * active, chip_of(x.device), eight_bit=eight_bit)
@@ -218,7 +228,7 @@ def _sparse_is_faster(embedding: Tensor, canvas: int, scale: float, time: Timer,
     places = torch.arange(canvas, device=embedding.device)
     sure[places, places * 7919 % vocab] = 1  # rows of the table that no cache holds
 
-    def timed(way: str) -> float:
+    def timed(way: str) -> tuple[float, Tensor]:
         op = soft_embedding.soft_embedding if way == "sparse" else output.soft_embedding
         return time([partial(op, shares, embedding, scale) for shares in (sure, unsure)])
 

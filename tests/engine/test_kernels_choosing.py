@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from torch import Tensor
 
 from engine.kernels import choosing, reference
 from engine.kernels.choosing import GAIN, Choices, GraphTimer, Run, choose, fastest
@@ -40,16 +41,16 @@ def layer_weights(dense: str, experts: str, device: torch.device) -> dict[str, W
 class Clock:
     """Times nothing; says what each way takes, by its name, and what it was asked."""
 
-    def __init__(self, taken: dict[str, float], refused: Sequence[str] = ()) -> None:
+    def __init__(self, taken: dict[str, float], refused: Sequence[str] = (), wrong: Sequence[str] = ()) -> None:
         self.asked: list[str] = []
-        self._taken, self._refused = taken, refused
+        self._taken, self._refused, self._wrong = taken, refused, wrong
 
-    def __call__(self, runs: Sequence[Run]) -> float:
+    def __call__(self, runs: Sequence[Run]) -> tuple[float, Tensor]:
         way = next(str(part) for part in runs[0].args if isinstance(part, Way | ExpertWay | str))  # type: ignore[attr-defined]
         self.asked.append(way)
         if way in self._refused:
             raise RuntimeError(f"{way} is not for this chip")
-        return self._taken.get(way, 10.0)
+        return self._taken.get(way, 10.0), torch.full((2,), 1.2 if way in self._wrong else 1.0)
 
 
 def chosen(clock: Clock, dense: str, experts: str, device: torch.device, *, eight_bit: bool) -> Choices:
@@ -87,8 +88,18 @@ def test_rows_stay_in_16_bit_unless_the_checkpoint_says_so() -> None:
 
 
 def test_what_is_as_good_as_equal_stays_usual() -> None:
-    assert fastest("a", ["b"], {"a": 10.0, "b": 10 * (1 - GAIN) + 0.01}.__getitem__, "op", []) == "a"
-    assert fastest("a", ["b", "c"], {"a": 10.0, "b": 9.0, "c": 9.5}.__getitem__, "op", []) == "b"
+    same = torch.ones(2)
+    assert fastest("a", ["b"], {"a": (10.0, same), "b": (10 * (1 - GAIN) + 0.01, same)}.__getitem__, "op", []) == "a"
+    three = {"a": (10.0, same), "b": (9.0, same), "c": (9.5, same)}
+    assert fastest("a", ["b", "c"], three.__getitem__, "op", []) == "b"
+
+
+def test_what_is_wrong_on_this_chip_is_passed_over_and_told() -> None:
+    found = chosen(Clock({"library": 1.0, "e4m3": 2.0}, wrong=["library"]), "fp8", "plain", CPU, eight_bit=True)
+    assert {way.name for way in found.linears.values()} == {"e4m3"}
+    assert any("library is wrong here (off by 0.2 of the result)" in line for line in found.told)
+    results = {"a": (10.0, torch.ones(2)), "b": (1.0, torch.full((2,), torch.nan))}
+    assert fastest("a", ["b"], results.__getitem__, "op", []) == "a"
 
 
 def test_what_this_chip_refuses_is_passed_over_and_told() -> None:
@@ -103,10 +114,10 @@ def test_the_usual_way_may_not_be_refused() -> None:
 
 
 def test_a_failed_device_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def timed(way: str) -> float:
+    def timed(way: str) -> tuple[float, Tensor]:
         if way == "b":
             raise torch.AcceleratorError("gone")
-        return 1.0
+        return 1.0, torch.ones(1)
 
     with pytest.raises(torch.AcceleratorError):
         fastest("a", ["b"], timed, "op", [])
@@ -120,7 +131,7 @@ def test_plain_dense_layers_leave_nothing_to_choose() -> None:
 class Runs(Clock):
     """Runs what it says is fast."""
 
-    def __call__(self, runs: Sequence[Run]) -> float:
+    def __call__(self, runs: Sequence[Run]) -> tuple[float, Tensor]:
         taken = super().__call__(runs)
         if self.asked[-1] in self._taken:
             for run in runs:
@@ -157,11 +168,10 @@ def test_sparse_soft_embedding_is_for_one_canvas(device: torch.device, monkeypat
         def __init__(self) -> None:
             self.taken = iter([10.0, 5.0])  # the dense way, the sparse one
 
-        def __call__(self, runs: Sequence[Run]) -> float:
+        def __call__(self, runs: Sequence[Run]) -> tuple[float, Tensor]:
             assert len(runs) == 2  # a canvas that is sure, and one that is not
-            for run in runs:
-                run()
-            return next(self.taken)
+            sure, _ = (run() for run in runs)
+            return next(self.taken), sure
 
     weights = layer_weights("plain", "plain", device)
     found = choose(weights, active=2, canvas=8, scale=8.0, eight_bit=False, time=Timer())
@@ -179,4 +189,4 @@ def test_sparse_soft_embedding_is_for_one_canvas(device: torch.device, monkeypat
 def test_the_timer_tells_long_from_short() -> None:
     x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
     timer = GraphTimer()
-    assert timer([lambda: x[:64] + 1] * 4) < timer([lambda: x @ x] * 4)
+    assert timer([lambda: x[:64] + 1] * 4)[0] < timer([lambda: x @ x] * 4)[0]
