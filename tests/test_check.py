@@ -190,9 +190,9 @@ def _free(monkeypatch: pytest.MonkeyPatch, gigabytes: float) -> None:
     ("free", "wanted", "level", "said"),
     [
         (100, "owner/name", "good", "a checkpoint of any format"),
-        (30, "owner/name", "note", "fp8 26.1 GB, nvfp4 17.7 GB, int4 17.7 GB"),
-        (3, "owner/name", "problem", "the smallest checkpoint takes 17.7 GB"),
-        (3, None, "note", "the smallest checkpoint takes 17.7 GB"),
+        (30, "owner/name", "note", "fp8 27.2 GB, nvfp4 18.9 GB, int4 18.8 GB"),
+        (3, "owner/name", "problem", "the smallest checkpoint takes 18.8 GB"),
+        (3, None, "note", "the smallest checkpoint takes 18.8 GB"),
     ],
 )
 def test_room_for_a_download(

@@ -393,7 +393,7 @@ def test_bench_of_a_shape_ends_with_the_same_document(tmp_path: Path) -> None:
     document = json.loads(last)
     assert json.loads(path.read_text(encoding="utf-8")) == document
     figures = document["runs"][0]["figures"]
-    assert list(figures) == ["start", "step@16", "engine@16", "canvas@16", "memory"]
+    assert list(figures) == ["step@16", "engine@16", "canvas@16", "memory"]
     (step,) = (line for line in table if "denoise step, prefix 16" in line)
     assert f"{figures['step@16']['value']:.2f} ms" in step and step.count("%") == 1
     assert any("memory over weights" in line and "counted on a GPU only" in line for line in table)
