@@ -77,6 +77,7 @@ class Terminal:
         self.pid, self._terminal = pty.fork()
         if self.pid == 0:
             os.chdir(ROOT)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, which tests may be, ignore it
             os.execve(COMMAND[0], [*COMMAND, *arguments], _environment(TERM="xterm-256color"))
         self.screen = ""
 
