@@ -103,7 +103,7 @@ def test_logits_stay_near_with_8_bit_rows(fp8: Tensor, eight_bit_rows: None, unq
     quantised = logits("fp8", None)
     assert not torch.equal(quantised, fp8)  # rows were rounded
     error = (quantised - unquantised).square().mean().sqrt() / unquantised.std()
-    assert error.item() < 0.1
+    assert error.item() < 0.085  # 0.081 with the bundled weights
     assert (quantised.argmax(-1) == unquantised.argmax(-1)).float().mean().item() > 0.98
 
 
