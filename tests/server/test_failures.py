@@ -61,6 +61,7 @@ def test_a_step_that_does_not_end_is_given_up() -> None:
     assert events[-1].reason == "error"  # type: ignore[union-attr]
     assert "did not end within 0.05 seconds" in (events[-1].error or "")  # type: ignore[union-attr]
     assert not bridge.ready
+    until(lambda: failures)  # told behind the clients, on the watching thread
     assert failures == [bridge.failure]
     with pytest.raises(EngineUnavailable, match="did not end"):
         asyncio.run(collect(bridge, request("late")))
@@ -144,6 +145,7 @@ def test_an_engine_that_breaks_tells_every_client(prompts: PromptRenderer, stage
                 assert answer.json()["error"]["message"]
         assert httpx.get(f"{address}/ready").status_code == 503
         assert httpx.get(f"{address}/health").status_code == 200
+    until(lambda: failures)
     assert failures == [False]
     assert bridge.close() is True
 
