@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Protocol
 
 import torch
@@ -91,10 +92,12 @@ class Denoiser:
             return torch.zeros(sizes, dtype=dtype, device=device)
 
         self._ids = state(*shape)  # input of the next pass
-        self._best = state(*shape)  # argmax of the last pass; -1 before the first
-        self._entropy = state(*shape, dtype=torch.float32)  # of the last pass
+        # What the host may ask after a pass lies together, 64 bits each, so that one copy brings all of a slot's.
+        self._seen = state(slots, 3, canvas_length)
+        self._best = self._seen[:, 0]  # argmax of the last pass; -1 before the first
+        self._entropy = self._seen.view(torch.float32)[:, 1, :canvas_length]  # of the last pass
+        self._kept = self._seen.view(torch.bool)[:, 2, :canvas_length]  # accepted in the last pass
         self._pins = state(*shape) - 1  # the id a position is held at; -1 = free
-        self._kept = state(*shape, dtype=torch.bool)  # accepted in the last pass
         self._passes, self._unchanged = state(slots), state(slots)
         self._temperatures = state(slots, passes, dtype=torch.float32)  # by pass
         self._entropy_bound, self._confidence = (state(slots, dtype=torch.float32) for _ in range(2))
@@ -228,14 +231,15 @@ class Denoiser:
 
     def found(self, canvas: Canvas) -> tuple[list[int], list[float]]:
         """The argmax and the entropy in nats of every position after the last pass; pins count as found, and sure."""
-        return self._best[canvas.slot].tolist(), self._entropy[canvas.slot].tolist()
+        best, entropy, _ = self._seen[canvas.slot].cpu()
+        return best.tolist(), entropy.view(torch.float32)[: self._canvas_length].tolist()
 
     def accepted(self, canvas: Canvas) -> tuple[list[int], list[float], list[int]]:
-        """What `found` tells, and the positions that the last pass accepted: one read of the device."""
-        slot = canvas.slot
-        state = torch.stack([each[slot].double() for each in (self._best, self._entropy, self._kept)])
-        best, entropy, kept = state.tolist()
-        return [int(token_id) for token_id in best], entropy, [place for place, is_kept in enumerate(kept) if is_kept]
+        """What `found` tells, and the positions that the last pass accepted."""
+        best, entropy, kept = self._seen[canvas.slot].cpu()
+        length = self._canvas_length
+        where = compress(range(length), kept.view(torch.bool)[:length].tolist())
+        return best.tolist(), entropy.view(torch.float32)[:length].tolist(), list(where)
 
     def best_allowed(self, canvas: Canvas, position: int, allowed: bytes) -> int:
         """The likeliest id of the last pass at a position of a guided canvas, among those whose bit is set.

@@ -150,7 +150,7 @@ class EngineSettings(_Section):
         description="auto (a GPU if there is one), cpu, cuda or cuda:N.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto (float32 on a CPU, bfloat16 on a GPU), float32 or bfloat16."
+        "auto", description="auto (bfloat16, or float32 on a CPU without instructions for it), float32 or bfloat16."
     )
     kernels: Literal["auto", "reference", "triton"] = Field(
         "auto", description="Which operations run: auto (triton on a GPU in bfloat16), reference or triton."

@@ -25,7 +25,10 @@ from engine.pages import PAGE
 
 # A matmul on a CPU takes another way, with other rounding, for fewer rows; with at least these a row's result does not
 # depend on how many there are, so neither does a reply on what is served beside it.
-FEWEST_ROWS = 16
+ROWS = 16
+# In bfloat16, oneDNN makes and keeps 0.7 MB of code for every number of rows it meets: so these are multiples of ROWS,
+# and not more than this at a time.
+MOST_ROWS = 256
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -35,8 +38,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
     """x [R, in] @ weight [out, in] transposed -> [R, out]."""
-    rows = x.shape[0]
-    return F.linear(_enough_rows(x), dense(weight, x.dtype))[:rows]
+    return _times(x, dense(weight, x.dtype))
 
 
 def qkv_norm_rope_write(
@@ -199,7 +201,7 @@ def route(x: Tensor, projection: Tensor, expert_scale: Tensor, top_k: int) -> tu
 
     Returns weights float32 [R, A] (renormalised to 1, then times expert_scale) and expert ids int64 [R, A].
     """
-    scores = F.linear(_enough_rows(x), projection)[: x.shape[0]]
+    scores = _times(x, projection)
     best, experts = scores.float().softmax(dim=-1).topk(top_k, dim=-1)
     return best / best.sum(dim=-1, keepdim=True) * expert_scale[experts], experts
 
@@ -214,28 +216,44 @@ def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Weight, down: W
     rows, active = chosen.shape
     flat = chosen.flatten()
     order = flat.argsort(stable=True)
-    gathered = x.new_empty(rows * active + FEWEST_ROWS, x.shape[1])
+    gathered = x.new_empty(rows * active + ROWS, x.shape[1])
     gathered[rows * active :] = 0
     torch.index_select(x, 0, order // active, out=gathered[: rows * active])
     sizes = torch.bincount(flat, minlength=shape(gate_up)[0]).tolist()
     hidden = x.new_empty(gathered.shape[0], shape(gate_up)[1])
-    # A span of few rows is made longer; what it computes for the next one's rows is overwritten by that one.
-    spans = [(index, end - size, end - size + max(size, FEWEST_ROWS)) for index, size, end in _running(sizes) if size]
+    # A span is made longer to a multiple of ROWS; what it computes for the next one's rows is overwritten by that one.
+    spans = [(index, end - size, end - size + _round_up(size)) for index, size, end in _running(sizes) if size]
     for index, start, end in spans:
-        torch.mm(gathered[start:end], dense(expert(gate_up, index), x.dtype).t(), out=hidden[start:end])
+        _multiply(gathered[start:end], dense(expert(gate_up, index), x.dtype), hidden[start:end])
     hidden = _gate(hidden)
     result = torch.empty_like(gathered)
     for index, start, end in spans:
-        torch.mm(hidden[start:end], dense(expert(down, index), x.dtype).t(), out=result[start:end])
+        _multiply(hidden[start:end], dense(expert(down, index), x.dtype), result[start:end])
     result = result[: rows * active]
     unsorted = torch.empty_like(result).index_copy_(0, order, result).view(rows, active, -1)
     return (unsorted * weights[..., None]).sum(dim=1).to(x.dtype)
 
 
-def _enough_rows(x: Tensor) -> Tensor:
-    """x [R, D], with rows of zeros behind if they are few."""
-    missing = FEWEST_ROWS - x.shape[0]
-    return x if missing <= 0 else F.pad(x, (0, 0, 0, missing))
+def _times(x: Tensor, weight: Tensor) -> Tensor:
+    """x [R, in] @ weight [out, in] transposed -> [R, out]."""
+    rows = x.shape[0]
+    padded = F.pad(x, (0, 0, 0, _round_up(rows) - rows)) if rows % ROWS else x
+    out = x.new_empty(padded.shape[0], weight.shape[0])
+    _multiply(padded, weight, out)
+    return out[:rows]
+
+
+def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """The same into `out`, for a multiple of ROWS."""
+    if x.shape[0] <= MOST_ROWS:
+        torch.mm(x, weight.t(), out=out)
+        return
+    for some, into in zip(x.split(MOST_ROWS), out.split(MOST_ROWS), strict=True):
+        torch.mm(some, weight.t(), out=into)
+
+
+def _round_up(rows: int) -> int:
+    return -(-rows // ROWS) * ROWS
 
 
 def _gate(gate_up: Tensor) -> Tensor:

@@ -316,6 +316,17 @@ def line(row: dict[str, Any]) -> str:
     return f"| {row['fault']} | {row['said']} | {counts} | {before:.0f} > {after:.0f} | {served} |"
 
 
+async def warm_up(server: Server, size: int, chance: Random) -> None:
+    """Bring threads, caches, the allocator and the code that matmuls keep for numbers of rows to their usual size."""
+    memory = 0
+    for _ in range(10):
+        await clients.at_once([clients.vanishing(server.port, Random(chance.random())) for _ in range(4 * size)], 64)
+        await clients.at_once([clients.streaming(server.port, seed=seed) for seed in range(size)], size)
+        before, memory = memory, (await server.held())["memory"]
+        if memory - before < GROWTH / 4:
+            break
+
+
 async def run(names: list[str], count: int, seed: int) -> list[dict[str, Any]]:
     """The faults, one after the other, on one server; those it does not survive come last."""
     rows: list[dict[str, Any]] = []
@@ -324,12 +335,7 @@ async def run(names: list[str], count: int, seed: int) -> list[dict[str, Any]]:
         server = Server(Path(folder))
         try:
             await server.start()
-            # Threads, caches and the allocator come to their usual size first.
-            size = max(4, count // 50)
-            await clients.at_once(
-                [clients.vanishing(server.port, Random(chance.random())) for _ in range(4 * size)], 64
-            )
-            await clients.at_once([clients.streaming(server.port, seed=seed) for seed in range(size)], size)
+            await warm_up(server, max(4, count // 50), chance)
             print("| fault | what happened | slots | pages | tasks | files | threads | memory, MB | next one served |")
             print("|---|---|---|---|---|---|---|---|---|")
             for name in names:

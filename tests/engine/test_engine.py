@@ -400,7 +400,14 @@ def test_close_drops_everything() -> None:
 def test_auto_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choices.choose_device("auto") == CPU
-    assert choices.choose_dtype("auto", CPU) == torch.float32
+    for avx512, amx, dtype in (
+        (False, False, torch.float32),
+        (True, False, torch.bfloat16),
+        (False, True, torch.bfloat16),
+    ):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda value=avx512: value)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda value=amx: value)
+        assert choices.choose_dtype("auto", CPU) == dtype
     assert choices.choose_dtype("bfloat16", CPU) == torch.bfloat16
     assert choose_kernels("auto", CPU, torch.float32) == "reference"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -172,7 +172,9 @@ def test_the_context_that_was_asked_for_counts(folder: Path, monkeypatch: pytest
     monkeypatch.setattr(choices, "available_memory", lambda device: needed.needed(100))
     most = -(-(100 + needed.canvas_length) // PAGE) * PAGE - needed.canvas_length  # the page's last
     for context, fits in ((most, True), (most + 1, False)):
-        options = EngineOptions(model=str(folder), device="cpu", context_length=context, progress=False)
+        options = EngineOptions(
+            model=str(folder), device="cpu", dtype="float32", context_length=context, progress=False
+        )
         if fits:
             DiffusionEngine.from_options(options).close()
         else:

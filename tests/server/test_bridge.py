@@ -13,6 +13,7 @@ from server.bridge import Bridge, EngineUnavailable
 from tests.fakes import FakeEngine, Script
 
 LONG = Script([[173]] * 10_000, steps=1, step_seconds=0.001)
+SLOW = Script([[173]] * 10_000, steps=1, step_seconds=0.1)  # steps long enough to do much in, on a busy machine too
 
 
 def request(name: str = "r", prompt: int = 3) -> GenerationRequest:
@@ -69,7 +70,7 @@ def test_refusals_reach_the_caller() -> None:
 
 
 def test_leaving_the_block_cancels_within_one_step() -> None:
-    engine = FakeEngine([LONG])
+    engine = FakeEngine([SLOW])
 
     async def run() -> None:
         async with bridge.generate(request()) as events:
@@ -106,7 +107,7 @@ def test_a_finished_request_is_not_cancelled() -> None:
 
 
 def test_a_dying_engine_ends_every_request_and_takes_no_more() -> None:
-    engine = FakeEngine([LONG], crash_at_step=5)
+    engine = FakeEngine([SLOW], crash_at_step=5)
 
     async def run() -> None:
         results = await asyncio.gather(*(collect(bridge, request(str(number))) for number in range(3)))

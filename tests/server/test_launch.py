@@ -146,12 +146,9 @@ def test_what_does_not_end_in_time_is_told(start: Callable[..., Process]) -> Non
     process = start("FakeEngine([LONG])", "--drain", "0.2")
     lines = streaming(process)
     process.running.send_signal(signal.SIGTERM)
-    began = time.monotonic()
     *_, error, done = [line for line in lines if line.startswith("data: ")]
     assert (json.loads(error[6:])["error"]["message"], done) == ("The server is shutting down", "data: [DONE]")
-    status, _ = process.end()
-    assert status == 0
-    assert time.monotonic() - began < 20
+    assert process.end()[0] == 0
 
 
 def test_a_second_interrupt_waits_for_nobody(start: Callable[..., Process]) -> None:

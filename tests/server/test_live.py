@@ -138,7 +138,6 @@ def test_two_replies_at_once_and_the_server_still_answers(run: Any) -> None:
             url = f"{address}/v1/chat/completions"
             stack.enter_context(httpx.stream("POST", url, json={**BODY, "stream": True}))
         wait_until(lambda: len(engine.requests) == 2)
-        began = time.monotonic()
-        assert httpx.get(f"{address}/health").status_code == 200
-        assert time.monotonic() - began < 1.0
+        assert httpx.get(f"{address}/health", timeout=20).status_code == 200
+        assert engine.ended == []
     wait_until(lambda: len(engine.ended) == 2)
