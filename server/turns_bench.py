@@ -2,7 +2,8 @@
 
 Each turn asks with the whole history, as a chat client does, so most of a prompt was committed before. Conversations
 at once and one after the other have the same texts and seeds, and each way begins with an empty cache, so their times
-can be compared. Knows prompts, replies and the clock; nothing of HTTP or of how the engine works.
+can be compared. There are more of them than go on at once: when one is over the next begins, so that the time in which
+the last is alone counts for little. Knows prompts, replies and the clock; nothing of HTTP or of how the engine works.
 
 Invariant: a turn's time begins when its request is submitted and ends when its last token has come; what the engine
 does between turns, when nobody waits, counts in the total only.
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
@@ -29,6 +31,8 @@ from server.output_parser import OutputParser
 from server.prompt import PromptRenderer
 
 Clock = Callable[[], float]
+
+ROUNDS = 4  # conversations for each of those that go on at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,14 +79,19 @@ class Talks:
         self._clock = clock
         self.replies: dict[tuple[int, int], tuple[int, ...]] = {}  # ids by conversation and turn
 
-    def run(self, conversations: Sequence[Conversation]) -> Iterator[Turn]:
-        """All of them at once, each asking as soon as it has its answer; a single one thinks before it asks again, so
-        that the engine is idle for a while. Raises EngineError for one that fails."""
-        open_ones = {self._ask(conversation): conversation for conversation in conversations}
-        alone = conversations[0] if len(conversations) == 1 else None
-        while self._engine.has_work or (alone is not None and not alone.over):
-            if alone is not None and not self._engine.has_work:
-                open_ones[self._ask(alone)] = alone
+    def run(self, conversations: Sequence[Conversation], *, at_once: int = 1) -> Iterator[Turn]:
+        """So many of them at a time, each asking as soon as it has its answer; a single one thinks before it asks
+        again, so that the engine is idle for a while. Raises EngineError for one that fails."""
+        waiting = deque(conversations)
+        open_ones: dict[str, Conversation] = {}
+        resting: list[Conversation] = []  # what is to ask next
+
+        while waiting or resting or self._engine.has_work:
+            while waiting and len(open_ones) + len(resting) < at_once:
+                resting.append(waiting.popleft())
+            if at_once > 1 or not self._engine.has_work:
+                open_ones |= {self._ask(conversation): conversation for conversation in resting}
+                resting.clear()
             for event in self._engine.step():
                 conversation = open_ones[event.request_id]
                 if isinstance(event, CanvasDone):
@@ -90,9 +99,10 @@ class Talks:
                         conversation.first_text = self._clock() - conversation.asked
                     conversation.ids += event.token_ids
                 elif isinstance(event, Finished):
+                    del open_ones[event.request_id]
                     yield self._answered(conversation, event)
-                    if alone is None and not conversation.over:
-                        open_ones[self._ask(conversation)] = conversation
+                    if not conversation.over:
+                        resting.append(conversation)
 
     def _ask(self, conversation: Conversation) -> str:
         conversation.messages.append({"role": "user", "content": conversation.questions[conversation.turn]})
@@ -161,7 +171,7 @@ class Way:
 
 @dataclass(frozen=True)
 class Bench:
-    """`parallel` conversations of `turns` turns, one after the other and, if there are several, at once."""
+    """A conversation of `turns` turns; or several, one after the other and then `parallel` of them at once."""
 
     build: Callable[[], Engine]
     renderer: Callable[[EngineInfo], PromptRenderer]
@@ -192,17 +202,16 @@ class Bench:
 
     def _way(self, questions: Sequence[str] | None, *, together: bool) -> tuple[EngineInfo, Way]:
         chats = []
-        for number, story in enumerate(story_prompts(self.parallel)):
+        for number, story in enumerate(story_prompts(self.parallel * ROUNDS if self.parallel > 1 else 1)):
             asked = questions or [story, *(f"What is {10 + number} + {20 + turn}?" for turn in range(1, self.turns))]
             chats.append(Conversation(number, [asked[turn % len(asked)] for turn in range(self.turns)]))
         with closing(self.build()) as engine:
             talks = Talks(engine, self.renderer(engine.info), max_tokens=self.max_tokens, clock=self.clock)
-            list(talks.run([Conversation(self.parallel, ["Who are you?"])]))  # warm-up, not counted
+            list(talks.run([Conversation(len(chats), ["Who are you?"])]))  # warm-up, not counted
             talks.replies.clear()
             began = self.clock()
-            groups = [chats] if together else [[chat] for chat in chats]
-            done = [turn for group in groups for turn in talks.run(group)]
-            return engine.info, Way(turns=tuple(done), seconds=self.clock() - began, replies=talks.replies)
+            done = tuple(talks.run(chats, at_once=self.parallel if together else 1))
+            return engine.info, Way(turns=done, seconds=self.clock() - began, replies=talks.replies)
 
 
 def document(info: EngineInfo, alone: Way, together: Way | None) -> str:

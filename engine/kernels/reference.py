@@ -11,6 +11,7 @@ Shapes: R rows, M hidden, H heads, K kv heads, D head dim, E experts, A active e
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -30,10 +31,20 @@ ROWS = 16
 # and not more than this at a time.
 MOST_ROWS = 256
 
+_GELU = 2 * math.sqrt(2 / math.pi)
+
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / rms(x) * weight over the last dimension. x [..., D]; weight float32 [D], None = ones; same dtype as x."""
-    return F.rms_norm(x.float(), (x.shape[-1],), weight, eps).to(x.dtype)
+    return _normed(x, weight, eps).to(x.dtype)
+
+
+def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """The same in float32. Half as many passes over x as torch's own takes on a CPU."""
+    wide = x.float()
+    mean_square = torch.linalg.vecdot(wide, wide).div_(x.shape[-1])
+    normed = wide * mean_square.add_(eps).rsqrt_()[..., None]
+    return normed if weight is None else normed.mul_(weight)
 
 
 def linear(x: Tensor, weight: Weight) -> Tensor:
@@ -59,7 +70,7 @@ def qkv_norm_rope_write(
     """
     head_dim, kv_heads = keys.shape[3], keys.shape[2]
     count = qk_weight.shape[0]
-    normed = F.rms_norm(heads.float(), (head_dim,), None, eps)
+    normed = _normed(heads, None, eps)
     rotated = rope((normed[:, :count] * qk_weight).to(heads.dtype), cos, sin)
     keys.view(-1, kv_heads, head_dim)[where] = rotated[:, count - kv_heads :]
     values.view(-1, kv_heads, head_dim)[where] = normed[:, -kv_heads:].to(heads.dtype)  # the last K are v or the raw k
@@ -257,8 +268,11 @@ def _round_up(rows: int) -> int:
 
 
 def _gate(gate_up: Tensor) -> Tensor:
+    """gelu_tanh(gate) * up of gate_up [R, 2I] -> [R, I]. By 0.5 (1 + tanh(z)) = sigmoid(2z): faster on a CPU."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.gelu(gate, approximate="tanh") * up
+    wide = gate.float()
+    doubled = (wide * wide).mul_(0.044715 * _GELU).add_(_GELU).mul_(wide)
+    return doubled.sigmoid_().mul_(wide).to(gate.dtype) * up
 
 
 def _running(sizes: list[int]) -> list[tuple[int, int, int]]:
