@@ -42,8 +42,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 def _normed(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """The same in float32. Half as many passes over x as torch's own takes on a CPU."""
     wide = x.float()
-    mean_square = torch.linalg.vecdot(wide, wide).div_(x.shape[-1])
-    normed = wide * mean_square.add_(eps).rsqrt_()[..., None]
+    mean_square: Tensor = torch.linalg.vecdot(wide, wide).div_(x.shape[-1])
+    normed: Tensor = wide * mean_square.add_(eps).rsqrt_()[..., None]
     return normed if weight is None else normed.mul_(weight)
 
 

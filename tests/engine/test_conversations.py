@@ -18,6 +18,7 @@ from engine.interface import CanvasDone, EngineOptions, Event, Finished, Generat
 from engine.kernels.reference import REFERENCE
 from engine.kv_cache import KVCache, KVPool
 from engine.model.gemma4 import DiffusionGemma
+from engine.options import choose_dtype
 from engine.pages import PAGE
 from tests.engine.test_engine import EOS, ScriptedModel, countdown, make, reply, request, run
 
@@ -207,19 +208,22 @@ def test_the_stats_count() -> None:
     assert stats.pools["full"].kept > 0
 
 
-# With the demo model, on a CPU in float32
+# With the demo model, on a CPU, in float32 and in what it computes in there unless told otherwise
+
+DTYPES = {"float32": torch.float32, "auto": choose_dtype("auto", CPU)}
 
 
-@pytest.fixture(scope="module")
-def demo() -> Iterator[DiffusionEngine]:
-    built = DiffusionEngine.from_options(EngineOptions(model=str(DEMO), device="cpu", slots=8, progress=False))
+@pytest.fixture(scope="module", params=DTYPES)
+def demo(request: pytest.FixtureRequest) -> Iterator[DiffusionEngine]:
+    options = EngineOptions(model=str(DEMO), device="cpu", dtype=request.param, slots=8, progress=False)
+    built = DiffusionEngine.from_options(options)
     yield built
     built.close()
 
 
-def model_of(slots: int = 8, chunk: int = 512) -> DiffusionGemma:
-    checkpoint = load_checkpoint(DEMO, CPU, torch.float32, progress=False)
-    pool = KVPool(checkpoint.config, slots, 1024, CPU, torch.float32, chunk=chunk)
+def model_of(dtype: torch.dtype, slots: int = 8, chunk: int = 512) -> DiffusionGemma:
+    checkpoint = load_checkpoint(DEMO, CPU, dtype, progress=False)
+    pool = KVPool(checkpoint.config, slots, 1024, CPU, dtype, chunk=chunk)
     return DiffusionGemma(checkpoint.config, checkpoint.tensors, REFERENCE, pool)
 
 
@@ -251,17 +255,20 @@ def logits(model: DiffusionGemma, caches: Sequence[tuple[int, KVCache]], seed: i
     """Of canvases of noise on the caches' prefixes."""
     generator = torch.Generator().manual_seed(seed)
     canvases = torch.randint(0, 2048, (8, 64), generator=generator)
-    soft = torch.randn(8, 64, 256, generator=generator)
+    soft = torch.randn(8, 64, 256, generator=generator).to(model.pool.keys[0].dtype)
     slots = [slot for slot, _ in caches]
     out = model.forward(model.plan([], caches), canvases[slots], soft[slots])
     assert out is not None
     return out.clone()
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @torch.inference_mode()
-def test_logits_do_not_depend_on_how_a_prefix_was_cut_or_where_it_came_from(one_thread: None) -> None:
+def test_logits_do_not_depend_on_how_a_prefix_was_cut_or_where_it_came_from(
+    dtype: torch.dtype, one_thread: None
+) -> None:
     """Bit by bit: in chunks of any size; on pages of another slot, a copied page at their end; beyond the window."""
-    model = model_of()
+    model = model_of(dtype)
     ids = some_ids(333)
     slots = model.pool.slots
     commit(model, slots[0], ids, [512])
@@ -278,14 +285,15 @@ def test_logits_do_not_depend_on_how_a_prefix_was_cut_or_where_it_came_from(one_
     assert slots[3].resume(other) == 150, "from the middle of a page of somebody else"
     commit(model, slots[3], other[150:], [512])
     found = logits(model, [(0, slots[3])])
-    fresh = model_of(1)
+    fresh = model_of(dtype, 1)
     commit(fresh, fresh.pool.slots[0], other, [512])
     assert torch.equal(logits(fresh, [(0, fresh.pool.slots[0])]), found)
 
 
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @torch.inference_mode()
-def test_logits_do_not_depend_on_the_canvases_beside(one_thread: None) -> None:
-    model = model_of()
+def test_logits_do_not_depend_on_the_canvases_beside(dtype: torch.dtype, one_thread: None) -> None:
+    model = model_of(dtype)
     caches = list(enumerate(model.pool.slots))
     for index, cache in caches:
         commit(model, cache, some_ids(20 + 55 * index, seed=index), [512])
