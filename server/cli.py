@@ -125,7 +125,8 @@ def bench(
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the JSON document there too.")] = None,
     turns: Annotated[int | None, typer.Option("--turns", min=1, help="Time conversations of so many turns.")] = None,
     parallel: Annotated[
-        int | None, typer.Option("--parallel", min=1, help="With --turns: several, one after the other and so many at a time.")
+        int | None,
+        typer.Option("--parallel", min=1, help="With --turns: several, one after the other and so many at a time."),
     ] = None,
     shape: Annotated[
         str | None,

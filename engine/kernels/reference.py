@@ -11,7 +11,6 @@ Shapes: R rows, M hidden, H heads, K kv heads, D head dim, E experts, A active e
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -30,8 +29,6 @@ ROWS = 16
 # In bfloat16, oneDNN makes and keeps 0.7 MB of code for every number of rows it meets: so these are multiples of ROWS,
 # and not more than this at a time.
 MOST_ROWS = 256
-
-_GELU = 2 * math.sqrt(2 / math.pi)
 
 
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -268,11 +265,8 @@ def _round_up(rows: int) -> int:
 
 
 def _gate(gate_up: Tensor) -> Tensor:
-    """gelu_tanh(gate) * up of gate_up [R, 2I] -> [R, I]. By 0.5 (1 + tanh(z)) = sigmoid(2z): faster on a CPU."""
     gate, up = gate_up.chunk(2, dim=-1)
-    wide = gate.float()
-    doubled = (wide * wide).mul_(0.044715 * _GELU).add_(_GELU).mul_(wide)
-    return doubled.sigmoid_().mul_(wide).to(gate.dtype) * up
+    return F.gelu(gate, approximate="tanh") * up
 
 
 def _running(sizes: list[int]) -> list[tuple[int, int, int]]:

@@ -43,21 +43,13 @@ class Reading:
     probabilities: Tensor  # [R, V] in the logits' dtype
 
 
-def softcapped(logits: Tensor, softcap: float) -> Tensor:
-    """softcap * tanh(logits / softcap), float32, to 2e-7 of the softcap.
-
-    By tanh(z) = 2 sigmoid(2z) - 1, which on a CPU takes a third of the time.
-    """
-    return logits.float().mul(2 / softcap).sigmoid_().mul_(2 * softcap).sub_(softcap)
-
-
 def read_logits(logits: Tensor, softcap: float, draw: Draw) -> Reading:
     """Softcap, bias, temperature, argmax, entropy, a draw and the probabilities of the head's logits [R, V].
 
     With g the gap of a logit to its row's best, H = sum(p * g) - log(p of the best): one exponential a logit, and a
     sum of terms that are never negative, so nothing cancels.
     """
-    scaled = softcapped(logits, softcap)
+    scaled = logits.float().div(softcap).tanh_().mul_(softcap)
     if draw.bias is not None:
         scaled.unflatten(0, (draw.bias.shape[0], -1)).add_(draw.bias[:, None])
     scaled.div_(draw.temperature[:, None])
@@ -78,7 +70,7 @@ def read_logits(logits: Tensor, softcap: float, draw: Draw) -> Reading:
 
 def log_probabilities(logits: Tensor, softcap: float) -> Tensor:
     """What the model itself finds, at temperature 1: float32 [R, V], nats, of the head's logits [R, V]."""
-    return softcapped(logits, softcap).log_softmax(dim=-1)
+    return logits.float().div(softcap).tanh_().mul_(softcap).log_softmax(dim=-1)
 
 
 def soft_embedding(probabilities: Tensor, embedding: Tensor, scale: float) -> Tensor:
