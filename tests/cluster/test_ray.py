@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -163,6 +164,25 @@ def test_a_replica_that_is_killed_loses_its_running_requests_alone(cluster: Clus
     assert client.get("/ready").status_code == 200
     wait_until(lambda: len(client.get("/stats").json()["replicas"]) == 2, 120)
     assert doomed not in cluster.ready_replicas()
+
+
+def test_another_replica_comes_when_one_has_too_much_to_do(cluster: Cluster, client: httpx.Client) -> None:
+    cluster.deploy(1)
+    cluster.deploy(1, most=2)
+    enough = threading.Event()
+
+    def ask() -> None:
+        while not enough.is_set():
+            chat(client, [{"role": "user", "content": "Write a story about Mia and a fox."}]).raise_for_status()
+
+    with ThreadPoolExecutor(8) as pool:
+        asking = [pool.submit(ask) for _ in range(8)]
+        try:
+            wait_until(lambda: len(cluster.ready_replicas()) == 2, 180)
+        finally:
+            enough.set()
+        for each in asking:
+            each.result()
 
 
 @pytest.mark.parametrize(
