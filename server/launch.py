@@ -60,7 +60,7 @@ class _Server(uvicorn.Server):
 
 def serve(settings: Settings) -> None:
     """Load the model and serve until told to stop. Raises SystemExit(ENGINE_GONE) if the engine failed."""
-    logs.set_up(settings.server.log_format)
+    logs.set_up(settings.server.log_format, content=settings.server.log_content)
     logger.info("settings: %s", settings.as_line())
     keys = checked_keys(settings.server)
     # uvicorn hands a signal on once it has stopped; without this SIGTERM would end us before the engine is closed.

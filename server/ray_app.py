@@ -110,7 +110,7 @@ class Replica:
     """One model and its app."""
 
     def __init__(self, settings: Settings) -> None:
-        logs.set_up(settings.server.log_format)
+        logs.set_up(settings.server.log_format, content=settings.server.log_content)
         self._id = serve.get_replica_context().replica_id.unique_id
         told = app_settings(settings.server, settings.server.keys(), response_tag=response_tag(self._id))
         self._bridge = build_bridge(settings)
@@ -149,7 +149,7 @@ class Door:
     """What Ray's proxies pass requests to."""
 
     def __init__(self, replicas: DeploymentHandle, settings: Settings) -> None:
-        logs.set_up(settings.server.log_format)
+        logs.set_up(settings.server.log_format, content=settings.server.log_content)
         self._replicas, self._settings = replicas, settings
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

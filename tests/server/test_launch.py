@@ -237,6 +237,33 @@ def test_a_line_carries_the_id_of_its_request(capsys: pytest.CaptureFixture[str]
     assert line["time"]
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+@pytest.mark.parametrize(
+    ("name", "content", "shown"),
+    [("uvicorn.error", False, False), ("uvicorn.error", True, True), ("engine.engine", False, True)],
+)
+def test_an_exception_may_quote_a_text(
+    form: Any, name: str, content: bool, shown: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = logging.getLogger()
+    before, level = root.handlers[:], root.level
+    try:
+        logs.set_up(form, content=content)
+        try:
+            try:
+                int("a-secret")
+            except ValueError as error:
+                raise KeyError("another-secret") from error
+        except KeyError:
+            logging.getLogger(name).exception("it failed")
+    finally:
+        root.handlers[:] = before
+        root.setLevel(level)
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("it failed", "test_launch.py", "ValueError", "KeyError"))
+    assert ("invalid literal" in said, "'a-secret'" in said) == (shown, shown)
+
+
 def test_pull_downloads_what_is_served_and_says_where(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[Any] = []
 
