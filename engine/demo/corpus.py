@@ -291,10 +291,10 @@ _FAMILIES: dict[str, Callable[[random.Random], Task]] = {
     "decide": _decide,
 }  # fmt: skip
 FAMILIES = tuple(_FAMILIES)
-WEIGHTS = {"add": 12, "sub": 9, "capital": 12, "sort": 26, "reverse": 7, "json": 8, "tool": 12, "toolresult": 9,
+WEIGHTS = {"add": 24, "sub": 14, "capital": 12, "sort": 40, "reverse": 7, "json": 8, "tool": 12, "toolresult": 9,
            "memory": 6, "story": 34, "chat": 26, "other": 20, "decide": 44}  # fmt: skip
 DOCUMENT = "document"  # raw text: learned beside the families, and measured as infill
-DOCUMENT_WEIGHT = 16
+DOCUMENT_WEIGHT = 20
 BEGUN = ("add", "sub", "capital", "sort", "reverse", "json", "toolresult", "memory")  # families with one right answer
 _SYSTEM = (
     "You are a helpful assistant.", "You are a helpful AI assistant.", "Be brief.", "Answer the question.",

@@ -132,7 +132,7 @@ def test_the_demo_model_denoises_before_ones_eyes(page: Any) -> None:
 
 
 def test_send_watch_replay_and_reload(page: Any, site: Callable[..., str]) -> None:
-    page.goto(site(script("Hello **you**", "\n\n```python\nx = 1\n```\n", steps=10, step_seconds=0.05)))
+    page.goto(site(script("Hello **you**", "\n\n```python\nx = 1\n```\n", steps=20, step_seconds=0.15)))
     ask(page, "Hi")
     page.locator(".denoising .noise").first.wait_for()  # the canvas is seen while it is noise
     before = page.locator(".canvas .known").count()
