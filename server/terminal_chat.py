@@ -236,8 +236,8 @@ class TerminalChat:
                     elif isinstance(item, Draft):
                         view.watch(item)
                     else:
+                        answer += item.text if item.kind == "answer" else ""  # first: ctrl-C may come while it is shown
                         view.add(item)
-                        answer += item.text if item.kind == "answer" else ""
         except KeyboardInterrupt:
             self._note("(stopped)")
         except ChatError as error:

@@ -240,7 +240,7 @@ def test_a_line_carries_the_id_of_its_request(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize("form", ["text", "json"])
 @pytest.mark.parametrize(
     ("name", "content", "shown"),
-    [("uvicorn.error", False, False), ("uvicorn.error", True, True), ("engine.engine", False, True)],
+    [("server.sse", False, False), ("server.sse", True, True), ("engine.engine", False, True)],
 )
 def test_an_exception_may_quote_a_text(
     form: Any, name: str, content: bool, shown: bool, capsys: pytest.CaptureFixture[str]

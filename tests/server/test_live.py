@@ -52,7 +52,7 @@ def steps_until_cancelled(engine: FakeEngine) -> int:
 
 
 def test_the_role_comes_at_once_and_text_canvas_by_canvas(run: Any) -> None:
-    address, _ = run(script("a", "b", "c", steps=5, step_seconds=STEP))
+    address, _ = run(script("a", "b", "c", steps=5, step_seconds=5 * STEP))
     times, lines = [], []
     with httpx.stream("POST", f"{address}/v1/chat/completions", json={**BODY, "stream": True}) as answer:
         assert answer.headers["content-type"].startswith("text/event-stream")
@@ -62,8 +62,8 @@ def test_the_role_comes_at_once_and_text_canvas_by_canvas(run: Any) -> None:
                 lines.append(line)
     assert len(lines) == 6  # role, a, b, c, finish, [DONE]
     gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-    assert all(gap > 3 * STEP for gap in gaps[:3]), gaps
-    assert all(gap < 3 * STEP for gap in gaps[3:]), gaps
+    assert all(gap > 10 * STEP for gap in gaps[:3]), gaps
+    assert all(gap < 10 * STEP for gap in gaps[3:]), gaps
 
 
 def test_heartbeats_while_nothing_is_ready(run: Any) -> None:

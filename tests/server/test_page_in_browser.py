@@ -147,7 +147,7 @@ def test_send_watch_replay_and_reload(page: Any, site: Callable[..., str]) -> No
     assert page.locator(".canvas .noise").count() > 0
     slider.focus()
     page.keyboard.press("End")
-    assert slider.get_attribute("aria-valuetext") == "Canvas 2, step 10"
+    assert slider.get_attribute("aria-valuetext") == "Canvas 2, step 20"
     assert page.locator(".canvas .noise").count() == 0
     sound(page)
 
