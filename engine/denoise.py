@@ -231,8 +231,8 @@ class Denoiser:
 
     def found(self, canvas: Canvas) -> tuple[list[int], list[float]]:
         """The argmax and the entropy in nats of every position after the last pass; pins count as found, and sure."""
-        best, entropy, _ = self._seen[canvas.slot].cpu()
-        return best.tolist(), entropy.view(torch.float32)[: self._canvas_length].tolist()
+        best, entropy, _ = self.accepted(canvas)
+        return best, entropy
 
     def accepted(self, canvas: Canvas) -> tuple[list[int], list[float], list[int]]:
         """What `found` tells, and the positions that the last pass accepted."""
