@@ -45,7 +45,7 @@ from engine.measure.report import COLUMNS as FIGURE_COLUMNS
 from engine.measure.report import cells as figure_cells
 from engine.measure.report import computed_lines, profile_lines, shown
 from engine.measure.report import computed_steps as _computed_steps
-from engine.memory_plan import CARDS, GB, MemoryPlan, Pools, plan_memory, plans, usable
+from engine.memory_plan import CARDS, GB, MemoryPlan, Pools, default_chunk, plan_memory, plans, usable
 from engine.quantization_config import load_quantization
 from engine.shapes import FORMAT_CHOICES, shape_of
 from engine.shapes import SHAPES as _SHAPES
@@ -123,7 +123,8 @@ def planned_pools(options: EngineOptions, memory: int, *, gpu: bool) -> Pools | 
         weights = layout(config, choice=choose(options.quantize, options.quantize_dense))
     else:
         weights = layout(config, quantization.scheme_of)
-    plan = plan_memory(config, weights, name="", itemsize=2 if gpu else 4, gpu=gpu, commit_chunk=options.commit_chunk)
+    chunk = options.commit_chunk or default_chunk(gpu, memory)
+    plan = plan_memory(config, weights, name="", itemsize=2 if gpu else 4, gpu=gpu, commit_chunk=chunk)
     kv_bytes = None if options.kv_memory is None else int(options.kv_memory * GB)
     total = memory if gpu else memory + plan.weights + plan.working
     return plan.pools(total, slots=options.slots, context=options.context_length, kv_bytes=kv_bytes)

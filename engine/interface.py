@@ -362,6 +362,6 @@ class EngineOptions:
     max_waiting: int = 64  # bound of the waiting queue
     quantize: str | None = None  # fp8 | nvfp4 | int4: quantise a bf16 checkpoint while loading
     quantize_dense: str | None = None  # fp8: attention and dense MLP too, where `quantize` leaves them
-    commit_chunk: int | None = None  # prompt tokens committed between two steps; None = 512, on a GPU 1024
+    commit_chunk: int | None = None  # prompt tokens committed between two steps; None = what suits the device
     images: bool = True  # load the vision tower of a checkpoint that takes images
     progress: bool = True  # show a progress bar while loading

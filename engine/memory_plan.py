@@ -20,6 +20,7 @@ GB = 1e9
 CARDS = (12, 16, 24, 32, 48, 96, 128)
 DEFAULT_SLOTS = 4
 KEPT_POINTS = 64  # points to go on from: two a turn, and what is beyond that many turns old is of little use
+LARGE_CARD = 60 * 10**9  # bytes
 MIN_CONTEXT = 1024  # positions; a model that leaves no room for these does not fit
 # The CUDA context, its libraries and kernels.
 GPU_BYTES = 2**29
@@ -137,10 +138,10 @@ class MemoryPlan:
         return min(self.max_context, pages * PAGE - self.canvas_length)
 
 
-def default_chunk(gpu: bool) -> int:
-    """Prompt tokens a pass commits. A GPU reads all weights for each chunk, so there it is longer; memory for sliding
-    layers grows with it."""
-    return 1024 if gpu else 512
+def default_chunk(gpu: bool, memory: int = 0) -> int:
+    """Prompt tokens a pass commits. A GPU reads all weights for each chunk, so there it is longer; each slot's memory
+    for sliding layers grows with it, so it is longest where a card's `memory`, in bytes, holds any format and more."""
+    return (2048 if memory >= LARGE_CARD else 1024) if gpu else 512
 
 
 def plan_memory(
@@ -152,8 +153,8 @@ def plan_memory(
     gpu: bool = True,
     commit_chunk: int | None = None,
 ) -> MemoryPlan:
-    """The plan of one model; `weights`: their layout or bytes; `itemsize` of the dtype it computes in, `commit_chunk`
-    as in EngineOptions."""
+    """The plan of one model; `weights`: their layout or bytes; `itemsize` of the dtype it computes in;
+    `commit_chunk`: None = what cards with little memory commit at a time."""
     chunk = default_chunk(gpu) if commit_chunk is None else commit_chunk
     page = dict.fromkeys(("sliding", "full"), 0)
     for layer in config.layers:

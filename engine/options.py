@@ -121,7 +121,10 @@ def check_images(config: ModelConfig, commit_chunk: int) -> None:
 
 def choose_chunk(asked: int | None, device: torch.device) -> int:
     """Prompt tokens a pass commits: as asked, or what suits the device."""
-    return default_chunk(device.type == "cuda") if asked is None else asked
+    if asked is not None:
+        return asked
+    gpu = device.type == "cuda"
+    return default_chunk(gpu, torch.cuda.get_device_properties(device).total_memory if gpu else 0)
 
 
 def chunk_beside(device: torch.device, canvas_length: int, commit_chunk: int) -> int:

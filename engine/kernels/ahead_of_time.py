@@ -70,7 +70,7 @@ def compile_case(case: KernelCase, chip: int) -> Needs:
         constexprs=dict(case.constants),
         attrs={(order.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.most_registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
     shared = int(compiled.metadata.shared)
     if shared > SHARED_LIMIT[chip]:

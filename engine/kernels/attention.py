@@ -5,13 +5,14 @@ of one tile: a program reads keys and values once for all of them. The positions
 fixed number of splits, because a canvas alone has too few blocks for a large chip; a second kernel joins the splits'
 results.
 
-Knows views, no model. Invariant: what a row gets depends on its own low, high and pages only: splits are divided
-by the block's own positions, never by what else is in the pass.
+Knows views, no model. Invariant: among passes of one class of rows (`rows_class`), what a row gets depends on its own
+low, high and pages only: splits are divided by the block's own positions, never by what else is in the pass.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import triton
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import SHARED_LIMIT, chip_of
+from engine.kernels.grouped import CLASSES, rows_class
 from engine.kernels.tiles import dot, rounded
 from engine.kernels.views import AttentionView
 from engine.pages import PAGE
@@ -121,22 +123,26 @@ def join_kernel(parts, sums, out, count, D: tl.constexpr, SPLITS: tl.constexpr, 
     tl.store(out + place[:, None] * D + columns[None, :], rounded(acc, out.dtype.element_ty), mask=live[:, None])
 
 
-def tiling(head_dim: int, group: int, itemsize: int, chip: int) -> Tiling:
-    """Tile sizes for a head size, `group` query heads a key head, and a chip such as 90.
+def tiling(head_dim: int, group: int, itemsize: int, chip: int, rows: int) -> Tiling:
+    """Tile sizes for a head size, `group` query heads a key head, a chip such as 90 and so many rows.
 
     The queries' tile and those of keys and values must fit the chip's shared memory, and the float32 sums [BM, D] the
-    registers: 64 rows of 512 take all that eight warps have.
+    registers: 64 rows of 512 take all that eight warps have, and one stage of 64 keys is better than two of 32. A
+    prompt's many rows are blocks enough without splits, and 128 a block read keys and values half as often (LOG.md).
     """
     roomy = SHARED_LIMIT[chip] > 160_000
+    splits = 2
     if head_dim * itemsize > 512:  # 512 columns of bfloat16
-        found = (64, 32, 8, 2) if roomy else (32, 16, 4, 2)
+        found = (64, 64, 8, 1) if SHARED_LIMIT[chip] > 200_000 else (64, 32, 8, 2) if roomy else (32, 16, 4, 2)
     elif head_dim * itemsize > 256:
-        found = (64, 64, 4, 2) if roomy else (64, 32, 4, 2)
+        many = SHARED_LIMIT[chip] > 200_000 and rows_class(rows) > 512
+        found = (128, 64, 8, 2) if many else (64, 64, 4, 2) if roomy else (64, 32, 4, 2)
+        splits = 1 if many else 2
     else:
         found = (64, 64, 4, 2)
     bm, bn, warps, stages = found
     bm = max(bm, 16, group)
-    return Tiling(BM=bm, BN=min(bn, PAGE), splits=2, warps=warps, stages=stages)
+    return Tiling(BM=bm, BN=min(bn, PAGE), splits=splits, warps=warps, stages=stages)
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView) -> Tensor:
@@ -146,7 +152,7 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView
     group = heads // kv_heads
     if any(segment.first % ROW_ALIGN for segment in view.segments):
         raise ValueError(f"segments must begin at multiples of {ROW_ALIGN}: {view.segments}")
-    tile = tiling(head_dim, group, queries.element_size(), chip_of(queries.device))
+    tile = tiling(head_dim, group, queries.element_size(), chip_of(queries.device), rows)
     out = torch.empty_like(queries)
     if tile.splits == 1:
         parts = sums = out
@@ -175,11 +181,11 @@ def cases() -> list[KernelCase]:
     found: dict[str, KernelCase] = {}
     for head_dim, kv_heads in ((256, 8), (512, 2)):
         group = 16 // kv_heads
-        for chip in SHARED_LIMIT:
-            tile = tiling(head_dim, group, 2, chip)
+        for chip, rows in product(SHARED_LIMIT, CLASSES):
+            tile = tiling(head_dim, group, 2, chip, rows)
             name = f"attention[{head_dim},{tile.BM}x{tile.BN}x{tile.splits}]"
             same = found.get(name)
-            chips = (*(same.chips if same else ()), chip)
+            chips = tuple(dict.fromkeys((*(same.chips if same else ()), chip)))
             found[name] = KernelCase(
                 name=name,
                 kernel=attention_kernel,

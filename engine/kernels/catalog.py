@@ -22,4 +22,5 @@ class KernelCase:
     constants: Mapping[str, Any]  # constexpr argument -> value
     num_warps: int
     num_stages: int
+    most_registers: int | None = None  # of a thread; None: the compiler decides
     chips: tuple[int, ...] = field(default=(80, 86, 89, 90, 100, 120, 121))  # where start-up may choose it

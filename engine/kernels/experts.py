@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
+from engine.kernels.chips import chip_of
 from engine.kernels.grouped import (
     E4M3_CHIPS,
     FORMATS,
@@ -131,8 +132,9 @@ def experts_by(way: ExpertWay, x: Tensor, weights: Tensor, chosen: Tensor, gate_
     tiles = routed(schedule(chosen, first.experts, bm))
     hidden = x.new_empty(rows * active, second.width)
     parts = x.new_empty(rows * active, second.out)
-    block = tiling(second.form, bm, second.width, gated=False).BK
-    given = _given(x, first, tiling(first.form, bm, first.width, gated=True).BK)
+    chip = chip_of(x.device)
+    block = tiling(second.form, bm, second.width, gated=False, chip=chip).BK
+    given = _given(x, first, tiling(first.form, bm, first.width, gated=True, chip=chip).BK)
     launch_gated(given, first, tiles, hidden, bm, active=active, following=_order(second), block=block)
     launch_matmul(round_rows(hidden) if second.form == "e4m3" else hidden, second, tiles, parts, bm)
     out = torch.empty_like(x)

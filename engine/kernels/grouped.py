@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
-from engine.kernels.chips import SHARED_LIMIT
+from engine.kernels.chips import SHARED_LIMIT, chip_of
 from engine.kernels.tiles import accumulate, column_of, gelu_tanh, rounded, row_factor, row_of, x_tile
 from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, Weight, shape
 
@@ -44,6 +44,7 @@ class Tiling:
     BK: int
     warps: int
     stages: int
+    registers: int | None = None  # a thread's, at most; None: as many as it wants
 
     @property
     def constants(self) -> dict[str, int]:
@@ -54,18 +55,43 @@ class Tiling:
         return width % self.BK == 0
 
 
-def tiling(form: str, bm: int, width: int, *, gated: bool) -> Tiling:
-    """The tile for a format, BM rows and a weight of `width` columns.
+# BN, BK, warps, stages and, where a cap makes room for one more program, registers: the fastest of those that
+# tests.bench.tune_experts times, at the model's sizes on an H200 (LOG.md, 2026-11-29). By format, GeGLU or not, and BM.
+HOPPER: Mapping[tuple[str, bool, int], tuple[int, int, int, int, int | None]] = {
+    ("plain", True, 64): (64, 64, 4, 3, None),
+    ("plain", True, 128): (128, 64, 8, 4, None),
+    ("e4m3", True, 32): (64, 128, 4, 3, None),
+    ("e4m3", True, 64): (64, 128, 4, 3, None),
+    ("e4m3", True, 128): (64, 128, 4, 3, None),
+    ("e4m3", False, 32): (64, 64, 4, 8, None),
+    ("e4m3", False, 64): (64, 64, 4, 6, None),
+    ("e4m3", False, 128): (128, 64, 4, 5, None),
+    ("nvfp4", True, 32): (64, 128, 4, 3, None),
+    ("nvfp4", True, 64): (64, 128, 4, 3, 168),
+    ("nvfp4", True, 128): (64, 64, 4, 2, None),
+    ("int4", True, 32): (64, 128, 4, 3, 128),
+    ("int4", True, 64): (64, 128, 4, 3, 168),
+    ("int4", True, 128): (64, 64, 4, 2, None),
+}
 
-    BN is 64: the smallest that Hopper's matrix instruction takes, exact for 704 = 11 * 64 and 2816 = 44 * 64, and
-    small enough that 128 experts give 1408 programs and more. Without GeGLU there is one matrix to read instead of
-    two, and BN is 128 so that a program has as many bytes in flight. BK is 64 (for plain weights 128 bytes a row: a
-    whole cache line); 128 for quantised ones where that divides, which halves what a loop costs beside decoding, but
-    not from 64 rows on, where decoding 128 columns at a time runs out of registers and there is arithmetic enough to
-    wait behind. As many stages as the aim leaves room for, of 2 to 4: beyond that there are more bytes in flight than
-    the latency of DRAM needs. Four warps: that is one matrix instruction's, and `tiles.row_of` counts on it; where
-    nothing is decoded, nothing counts on it, and there are eight for the sums of 128 rows.
+
+def tiling(form: str, bm: int, width: int, *, gated: bool, chip: int) -> Tiling:
+    """The tile for a format, BM rows and a weight of `width` columns, on a chip such as 90.
+
+    On Hopper as measured, where BK divides the width. Else by rule. BN is 64: the smallest that Hopper's matrix
+    instruction takes, exact for 704 = 11 * 64 and 2816 = 44 * 64, and small enough that 128 experts give 1408 programs
+    and more. Without GeGLU there is one matrix to read instead of two, and BN is 128 so that a program has as many
+    bytes in flight. BK is 64 (for plain weights 128 bytes a row: a whole cache line); 128 for quantised ones where that
+    divides, which halves what a loop costs beside decoding, but not from 64 rows on, where decoding 128 columns at a
+    time runs out of registers and there is arithmetic enough to wait behind. As many stages as the aim leaves room for,
+    of 2 to 4: beyond that there are more bytes in flight than the latency of DRAM needs. Four warps: that is one matrix
+    instruction's, and `tiles.row_of` counts on it; where nothing is decoded, nothing counts on it, and there are eight
+    for the sums of 128 rows.
     """
+    measured = HOPPER.get((form, gated, bm)) if chip == 90 else None
+    if measured and width % measured[1] == 0:
+        bn, bk, warps, stages, registers = measured
+        return Tiling(BM=bm, BN=bn, BK=bk, warps=warps, stages=stages, registers=registers)
     bn = 64 if gated else 128
     bk = 128 if form != "plain" and (bm <= 32 or form == "e4m3") and width % 128 == 0 else 64
     matrices = 2 if gated else 1
@@ -247,26 +273,27 @@ def launch_gated(
 ) -> None:
     """x [R, K] `ordered` for the weight, hidden [positions, width], ordered in blocks for one of format `following`;
     `active` choices are made by a row."""
-    tile = tiling(weight.form, bm, weight.width, gated=True)
+    tile = tiling(weight.form, bm, weight.width, gated=True, chip=chip_of(weight.values.device))
     width = weight.out // 2
     gated_kernel[(rows.tiles, triton.cdiv(width, tile.BN))](
         *_pointers(x), weight.values, weight.scale, weight.row_scale, rows.order, rows.expert, rows.start, rows.rows,
         hidden, rows.count, width, weight.width, A=active, FORMAT=weight.form, FOLLOWING=following, FOLLOWING_BK=block,
         ROUTED=rows.routed, EVEN_K=tile.divides(weight.form, weight.width), **tile.constants, num_warps=tile.warps,
-        num_stages=tile.stages,
+        num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
 
 
 def launch_matmul(x: Given, weight: Stored, rows: Rows, out: Tensor, bm: int) -> None:
     """x [positions, K] `ordered` for the weight. out [choices, width]; or float32 [parts, choices, width], whose sum is
     the product, of about as many columns each."""
-    tile = tiling(weight.form, bm, weight.width, gated=False)
+    tile = tiling(weight.form, bm, weight.width, gated=False, chip=chip_of(weight.values.device))
     parts = out.shape[0] if out.dim() == 3 else 1
     span = triton.cdiv(triton.cdiv(weight.width, tile.BK), parts) * tile.BK
     matmul_kernel[(rows.tiles, triton.cdiv(weight.out, tile.BN), parts)](
         *_pointers(x), weight.values, weight.scale, weight.row_scale, rows.order, rows.expert, rows.start, rows.rows,
         out, rows.count, weight.out, weight.width, span, FORMAT=weight.form, ROUTED=rows.routed, SPLIT=out.dim() == 3,
         EVEN_K=tile.divides(weight.form, weight.width), **tile.constants, num_warps=tile.warps, num_stages=tile.stages,
+        maxnreg=tile.registers,
     )  # fmt: skip
 
 
@@ -296,8 +323,10 @@ def matmul_cases(
     x = {"x": "*fp8e4nv:16", "x_scale": "*fp32:16"} if form == "e4m3" else {"x": "*bf16:16", "x_scale": "*bf16:16"}
     target = {"hidden": "*bf16:16"} if gated else {"out": "*fp32:16" if split else "*bf16:16"}
     sizes = {"count": "i32", "width": "i32:16", "K": "i32:16"} | ({} if gated else {"span": "i32:16"})
-    for bm, (following, block) in product(row_tiles, followings or [("", 0)]):
-        tile = tiling(form, bm, width, gated=gated)
+    chips: dict[Tiling, list[int]] = {}
+    for bm, chip in product(row_tiles, E4M3_CHIPS if form == "e4m3" else SHARED_LIMIT):
+        chips.setdefault(tiling(form, bm, width, gated=gated, chip=chip), []).append(chip)
+    for tile, (following, block) in product(chips, followings or [("", 0)]):
         constants: dict[str, Any] = {"FORMAT": form, "ROUTED": routed, "EVEN_K": tile.divides(form, width)}
         constants |= tile.constants
         if gated:
@@ -306,9 +335,10 @@ def matmul_cases(
             constants |= {"SPLIT": split}
         kind = "gated" if gated else "split" if split else "matmul"
         then = f",for {following} {block}" if gated else ""
+        sizes_of = f"{tile.BM}x{tile.BN}x{tile.BK}x{tile.stages}"
         found.append(
             KernelCase(
-                name=f"{'experts' if routed else 'linear'}_{kind}[{form},{tile.BM}x{tile.BN}x{tile.BK}{then}]",
+                name=f"{'experts' if routed else 'linear'}_{kind}[{form},{sizes_of}{then}]",
                 kernel=gated_kernel if gated else matmul_kernel,
                 signature={**x, **POINTERS[form], **dict.fromkeys(("order", "expert", "start", "rows"), index)}
                 | target
@@ -316,7 +346,8 @@ def matmul_cases(
                 constants=constants,
                 num_warps=tile.warps,
                 num_stages=tile.stages,
-                chips=E4M3_CHIPS if form == "e4m3" else tuple(SHARED_LIMIT),
+                most_registers=tile.registers,
+                chips=tuple(chips[tile]),
             )
         )
     return found

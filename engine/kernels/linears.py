@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels.catalog import KernelCase
+from engine.kernels.chips import chip_of
 from engine.kernels.grouped import (
     BLOCK,
     E4M3_CHIPS,
@@ -141,7 +142,8 @@ def order_of(weight: Weight, rows: int, way: Way, *, gated: bool = False) -> tup
     matrix = stored(weight)
     if way.name == "unpacked":
         return matrix.form, BLOCK
-    return matrix.form, tiling(matrix.form, _row_tile(rows), matrix.width, gated=gated and way.parts == 1).BK
+    chip = chip_of(matrix.values.device)
+    return matrix.form, tiling(matrix.form, _row_tile(rows), matrix.width, gated=gated and way.parts == 1, chip=chip).BK
 
 
 def prepare(x: Tensor, weight: Weight, way: Way, *, gated: bool = False) -> Given:

@@ -1,7 +1,8 @@
 """From the experts each row chose to the tiles of a grouped matmul, all on the device.
 
 `schedule` sorts the choices by expert and cuts each expert's share into tiles of at most `tile` rows; `route` makes
-the choices from the router's scores. Knows nothing of weights.
+the choices from the router's scores, a product too small for one program a tile of it: its columns are split among
+programs, and whoever chooses adds up what they found. Knows nothing of quantised weights.
 
 Invariant: every shape depends only on the number of rows, never on what was chosen, and the host reads nothing: both
 can be captured in a CUDA graph.
@@ -18,9 +19,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels.catalog import KernelCase
-from engine.kernels.tiles import widened
+from engine.kernels.grouped import consecutive, launch_matmul, matmul_cases, rows_class, stored
+from engine.kernels.tiles import rounded, widened
 
 SCAN = 1024  # choices read at once: one pass at 128 rows of 8, small enough to live in registers
+ROUTE_TILE = 32  # rows
+ROUTE_PARTS = {256: 11, 512: 6, 1024: 4}  # by class of rows: about 90 programs and more; 2816 columns are 11 * 256
 ROUTE_WARPS = 1  # a row of 128 scores is four numbers a lane: reductions without shared memory
 
 
@@ -86,13 +90,22 @@ def schedule(chosen: Tensor, experts: int, tile: int) -> Schedule:
 
 @triton.jit
 def choose_kernel(
-    scores, expert_scale, weights, chosen, experts, A: tl.constexpr, LANES: tl.constexpr, PLACES: tl.constexpr
-):
-    """One program a row: softmax, the A best (of equal ones the first), renormalised and scaled."""
+    scores, expert_scale, weights, chosen, rows, experts, PARTS: tl.constexpr, A: tl.constexpr, LANES: tl.constexpr,
+    PLACES: tl.constexpr,
+):  # fmt: skip
+    """One program a row: softmax, the A best (of equal ones the first), renormalised and scaled. PARTS > 0: scores are
+    the sum of float32 [PARTS, rows, experts], rounded to bfloat16 as one product's would be."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, LANES)
     places = tl.arange(0, PLACES)
-    score = widened(tl.load(scores + row * experts + lanes, mask=lanes < experts, other=float("-inf")))
+    pointers = scores + row * experts + lanes
+    if PARTS == 0:
+        score = widened(tl.load(pointers, mask=lanes < experts, other=float("-inf")))
+    else:
+        score = tl.load(pointers, mask=lanes < experts, other=float("-inf"))
+        for part in tl.static_range(1, PARTS):
+            score += tl.load(pointers + part * rows * experts, mask=lanes < experts, other=0.0)
+        score = widened(rounded(score, tl.bfloat16))
     odds = tl.exp(score - tl.max(score, 0))
     odds = tl.where(lanes < experts, odds / tl.sum(odds, 0), -1.0)
     best = tl.zeros((PLACES,), tl.float32)
@@ -110,30 +123,33 @@ def choose_kernel(
 
 
 def choose(scores: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """scores [R, E], expert_scale float32 [E] -> weights float32 [R, A], expert ids int64 [R, A], A = top_k.
+    """scores [R, E], or float32 [parts, R, E] whose sum they are; expert_scale float32 [E] -> weights float32 [R, A],
+    expert ids int64 [R, A], A = top_k.
 
     Of equal scores the lower id is chosen first.
     """
-    rows, experts = scores.shape
+    *parts, rows, experts = scores.shape
     weights = torch.empty(rows, top_k, dtype=torch.float32, device=scores.device)
     chosen = torch.empty(rows, top_k, dtype=torch.int64, device=scores.device)
     choose_kernel[(rows,)](
-        scores,
-        expert_scale,
-        weights,
-        chosen,
-        experts,
+        scores, expert_scale, weights, chosen, rows, experts,
+        PARTS=parts[0] if parts else 0,
         A=top_k,
         LANES=triton.next_power_of_2(experts),
         PLACES=triton.next_power_of_2(top_k),
         num_warps=ROUTE_WARPS,
-    )
+    )  # fmt: skip
     return weights, chosen
 
 
 def route(x: Tensor, projection: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """As `reference.route`."""
-    return choose(F.linear(x, projection), expert_scale, top_k)
+    """As `reference.route`; all contiguous."""
+    if x.dtype != torch.bfloat16:  # float32 goes by the library, whose products keep all of its digits
+        return choose(F.linear(x, projection), expert_scale, top_k)
+    rows = x.shape[0]
+    parts = x.new_empty(ROUTE_PARTS[rows_class(rows)], rows, projection.shape[0], dtype=torch.float32)
+    launch_matmul(x, stored(projection), consecutive(x, ROUTE_TILE), parts, ROUTE_TILE)
+    return choose(parts, expert_scale, top_k)
 
 
 def cases() -> list[KernelCase]:
@@ -150,20 +166,23 @@ def cases() -> list[KernelCase]:
         )
         for tile in (32, 64, 128)
     ]
-    return [
-        *found,
-        KernelCase(
-            name="choose[8 of 128]",
-            kernel=choose_kernel,
-            signature={
-                "scores": "*bf16:16",
-                "expert_scale": "*fp32:16",
-                "weights": "*fp32:16",
-                "chosen": "*i64:16",
-                "experts": "i32:16",
-            },
-            constants={"A": 8, "LANES": 128, "PLACES": 8},
-            num_warps=ROUTE_WARPS,
-            num_stages=3,
-        ),
-    ]
+    found += matmul_cases("plain", 2816, (ROUTE_TILE,), gated=False, routed=False, split=True)
+    for parts in (0, *ROUTE_PARTS.values()):
+        found.append(
+            KernelCase(
+                name=f"choose[8 of 128, {parts} parts]",
+                kernel=choose_kernel,
+                signature={
+                    "scores": "*fp32:16" if parts else "*bf16:16",
+                    "expert_scale": "*fp32:16",
+                    "weights": "*fp32:16",
+                    "chosen": "*i64:16",
+                    "rows": "i32:16",
+                    "experts": "i32:16",
+                },
+                constants={"PARTS": parts, "A": 8, "LANES": 128, "PLACES": 8},
+                num_warps=ROUTE_WARPS,
+                num_stages=3,
+            )
+        )
+    return found

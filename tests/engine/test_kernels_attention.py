@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.kernels import reference
 from engine.kernels.attention import ROW_ALIGN, attention, tiling
 from engine.kernels.chips import SHARED_LIMIT
+from engine.kernels.grouped import CLASSES
 from engine.kernels.views import NOWHERE, AttentionView, Segment
 from engine.pages import PAGE
 from tests.engine.kernel_inputs import assert_near, randn
@@ -172,8 +173,9 @@ def test_segments_must_be_aligned(device: torch.device) -> None:
 
 @pytest.mark.parametrize("chip", SHARED_LIMIT)
 @pytest.mark.parametrize(("dim", "group"), [(16, 1), (64, 2), (128, 4), (256, 2), (512, 8)])
-def test_blocks_divide_what_they_must(chip: int, dim: int, group: int) -> None:
-    tile = tiling(dim, group, 2, chip)
+@pytest.mark.parametrize("rows", CLASSES)
+def test_blocks_divide_what_they_must(chip: int, dim: int, group: int, rows: int) -> None:
+    tile = tiling(dim, group, 2, chip, rows)
     assert tile.BM % group == 0
     assert ROW_ALIGN % (tile.BM // group) == 0
     assert PAGE % tile.BN == 0
@@ -183,7 +185,8 @@ def test_blocks_divide_what_they_must(chip: int, dim: int, group: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize(("heads", "kv", "dim", "window"), [(16, 8, 256, 1024), (16, 2, 512, None)])
 @pytest.mark.parametrize("prefix", [0, 1, 1022, 1023, 1024, 5000])
-def test_attention_at_full_size(heads: int, kv: int, dim: int, window: int | None, prefix: int) -> None:
-    view = view_of([(prefix, 512, False), (prefix + 512, 256, True)], window, torch.device("cuda"))
+@pytest.mark.parametrize("chunk", [128, 512, 2048])
+def test_attention_at_full_size(heads: int, kv: int, dim: int, window: int | None, prefix: int, chunk: int) -> None:
+    view = view_of([(prefix, chunk, False), (prefix + chunk, 256, True)], window, torch.device("cuda"))
     tensors = inputs(view, heads, kv, dim, torch.bfloat16)
     assert_near(attention(*tensors, view), reference.attention(*tensors, view))
