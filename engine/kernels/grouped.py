@@ -335,7 +335,7 @@ def matmul_cases(
             constants |= {"SPLIT": split}
         kind = "gated" if gated else "split" if split else "matmul"
         then = f",for {following} {block}" if gated else ""
-        sizes_of = f"{tile.BM}x{tile.BN}x{tile.BK}x{tile.stages}"
+        sizes_of = f"{tile.BM}x{tile.BN}x{tile.BK},{tile.warps}w{tile.stages}s"
         found.append(
             KernelCase(
                 name=f"{'experts' if routed else 'linear'}_{kind}[{form},{sizes_of}{then}]",

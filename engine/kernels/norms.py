@@ -25,6 +25,11 @@ def _row(pointer, offset, columns, live):
 
 
 @triton.jit
+def _vector(pointer, columns, live):
+    return tl.load(pointer + columns, mask=live, other=0.0)
+
+
+@triton.jit
 def _as(x, pointer):
     """float32 x rounded to what `pointer` points to."""
     return rounded(x, pointer.dtype.element_ty)
@@ -132,21 +137,20 @@ def join_attention_kernel(
     x, projected, post_weight, mlp_weight, experts_weight, router_weight, h, mlp, experts, router, width, eps,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: `reference.join_attention`."""
+    """One program a row: `reference.join_attention`. Everything is asked for before the first sum waits for its row."""
     offset = tl.program_id(0).to(tl.int64) * width
     columns = tl.arange(0, LANES)
     live = columns < width
-    added = _normed(_row(projected, offset, columns, live), width, eps)
-    added = widened(_as(added * tl.load(post_weight + columns, mask=live, other=0.0), x))
-    joined = _as(_row(x, offset, columns, live) + added, x)
+    added, residual = _row(projected, offset, columns, live), _row(x, offset, columns, live)
+    post, first = _vector(post_weight, columns, live), _vector(mlp_weight, columns, live)
+    second, third = _vector(experts_weight, columns, live), _vector(router_weight, columns, live)
+    added = widened(_as(_normed(added, width, eps) * post, x))
+    joined = _as(residual + added, x)
     tl.store(h + offset + columns, joined, mask=live)
     normed = _normed(widened(joined), width, eps)
-    weight = tl.load(mlp_weight + columns, mask=live, other=0.0)
-    tl.store(mlp + offset + columns, _as(normed * weight, x), mask=live)
-    weight = tl.load(experts_weight + columns, mask=live, other=0.0)
-    tl.store(experts + offset + columns, _as(normed * weight, x), mask=live)
-    weight = tl.load(router_weight + columns, mask=live, other=0.0)
-    tl.store(router + offset + columns, _as(normed * weight, x), mask=live)
+    tl.store(mlp + offset + columns, _as(normed * first, x), mask=live)
+    tl.store(experts + offset + columns, _as(normed * second, x), mask=live)
+    tl.store(router + offset + columns, _as(normed * third, x), mask=live)
 
 
 def join_attention(
@@ -173,24 +177,25 @@ def join_layer_kernel(
     h, mlp, routed, mlp_weight, experts_weight, post_weight, scalars, modes, next_weight, x, normed, width, eps,
     LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: `reference.join_layer`."""
+    """One program a row: `reference.join_layer`. Everything is asked for before the first sum waits for its row."""
     row = tl.program_id(0).to(tl.int64)
     offset = row * width
     columns = tl.arange(0, LANES)
     live = columns < width
-    dense = _normed(_row(mlp, offset, columns, live), width, eps)
-    dense = widened(_as(dense * tl.load(mlp_weight + columns, mask=live, other=0.0), h))
-    sparse = _normed(_row(routed, offset, columns, live), width, eps)
-    sparse = widened(_as(sparse * tl.load(experts_weight + columns, mask=live, other=0.0), h))
-    both = widened(_as(dense + sparse, h))
-    added = _normed(both, width, eps) * tl.load(post_weight + columns, mask=live, other=0.0)
-    joined = widened(_as(_row(h, offset, columns, live) + widened(_as(added, h)), h))
+    dense, sparse = _row(mlp, offset, columns, live), _row(routed, offset, columns, live)
+    residual = _row(h, offset, columns, live)
+    first, second = _vector(mlp_weight, columns, live), _vector(experts_weight, columns, live)
+    post, following = _vector(post_weight, columns, live), _vector(next_weight, columns, live)
     # the scalar is rounded first, as transformers multiplies by one of the weights' dtype
     scalar = widened(_as(tl.load(scalars + tl.load(modes + row)), h))
+    dense = widened(_as(_normed(dense, width, eps) * first, h))
+    sparse = widened(_as(_normed(sparse, width, eps) * second, h))
+    both = widened(_as(dense + sparse, h))
+    added = _normed(both, width, eps) * post
+    joined = widened(_as(residual + widened(_as(added, h)), h))
     joined = _as(joined * scalar, h)
     tl.store(x + offset + columns, joined, mask=live)
-    following = _normed(widened(joined), width, eps) * tl.load(next_weight + columns, mask=live, other=0.0)
-    tl.store(normed + offset + columns, _as(following, h), mask=live)
+    tl.store(normed + offset + columns, _as(_normed(widened(joined), width, eps) * following, h), mask=live)
 
 
 def join_layer(
