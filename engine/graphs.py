@@ -29,6 +29,9 @@ class Graphs:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._tried: set[Hashable] = set()
         self._pool = torch.cuda.graph_pool_handle() if enabled else None
+        # What a pass puts on streams of their own (`Ops.overlap`) fills gaps; what it waits for goes first. A graph's
+        # kernels keep the priority of the stream they were captured on.
+        self._stream = torch.cuda.Stream(device, priority=-1) if enabled else None
 
     @property
     def captured(self) -> int:
@@ -49,7 +52,7 @@ class Graphs:
         if graph is None:
             graph = torch.cuda.CUDAGraph()
             # what other threads do meanwhile does not concern this capture
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
                 work()
             self._graphs[key] = graph
             logger.debug("captured %s", key)

@@ -32,28 +32,30 @@ ROW_ALIGN = 64  # a segment begins at a multiple of this, so no block of rows ho
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """BM rows (positions times heads of a key head) by BN positions, of which PAGE is a multiple."""
+    """BM rows (positions times heads of a key head) by BN positions, of which PAGE is a multiple. `shares`: programs
+    that each make so many of a value's columns, all with the same scores."""
 
     BM: int
     BN: int
     splits: int
     warps: int
     stages: int
+    shares: int = 1
 
 
 @triton.jit
 def attention_kernel(
     queries, keys, values, low, high, segment, table, out, parts, sums, rows, width, heads,
     kv_heads: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, SHARES: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of BM // GROUP rows, a key head and a split.
+    """One program a block of BM // GROUP rows, a key head and D // SHARES columns of its values, and a split.
 
     SPLITS == 1: out [R, H, D]. Otherwise parts float32 [SPLITS, R, H, D], already divided by the split's own sum, and
     sums float32 [SPLITS, R, H], the logarithm (base 2) of that sum; -inf where the split has nothing for the row.
     """
     block = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(1) // SHARES
     split = tl.program_id(2)
     first = block * (BM // GROUP)
     lanes = tl.arange(0, BM)
@@ -65,6 +67,7 @@ def attention_kernel(
     place = row.to(tl.int64) * heads + head * GROUP + lanes % GROUP  # of [R, H]
     columns = tl.arange(0, D)
     query = tl.load(queries + place[:, None] * D + columns[None, :])
+    mine = tl.program_id(1) % SHARES * (D // SHARES) + tl.arange(0, D // SHARES)
 
     start = tl.min(tl.where(end > begin, begin, 2147483647), 0) // BN * BN
     stop = tl.max(end, 0)
@@ -75,13 +78,13 @@ def attention_kernel(
 
     best = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    acc = tl.zeros((BM, D), tl.float32)
+    acc = tl.zeros((BM, D // SHARES), tl.float32)
     for tile in range(from_tile, to_tile):
         base = start + tile * BN
         page = tl.load(pages + base // PAGE).to(tl.int64)
         stored = (page * PAGE + base % PAGE + tl.arange(0, BN)) * kv_heads + head
         key = tl.load(keys + stored[None, :] * D + columns[:, None])
-        value = tl.load(values + stored[:, None] * D + columns[None, :])
+        value = tl.load(values + stored[:, None] * D + mine[None, :])
         scores = dot(query, key, tl.zeros((BM, BN), tl.float32)) * LOG2_E
         position = base + tl.arange(0, BN)[None, :]
         scores = tl.where((position >= begin[:, None]) & (position < end[:, None]), scores, float("-inf"))
@@ -95,10 +98,10 @@ def attention_kernel(
     divisor = tl.where(total == 0.0, 1.0, total)
     result = acc / divisor[:, None]
     if SPLITS == 1:
-        tl.store(out + place[:, None] * D + columns[None, :], rounded(result, out.dtype.element_ty), mask=live[:, None])
+        tl.store(out + place[:, None] * D + mine[None, :], rounded(result, out.dtype.element_ty), mask=live[:, None])
     else:
         place += split * rows.to(tl.int64) * heads
-        tl.store(parts + place[:, None] * D + columns[None, :], result, mask=live[:, None])
+        tl.store(parts + place[:, None] * D + mine[None, :], result, mask=live[:, None])
         tl.store(sums + place, tl.where(total == 0.0, float("-inf"), best + tl.log2(divisor)), mask=live)
 
 
@@ -126,23 +129,26 @@ def join_kernel(parts, sums, out, count, D: tl.constexpr, SPLITS: tl.constexpr, 
 def tiling(head_dim: int, group: int, itemsize: int, chip: int, rows: int) -> Tiling:
     """Tile sizes for a head size, `group` query heads a key head, a chip such as 90 and so many rows.
 
-    The queries' tile and those of keys and values must fit the chip's shared memory, and the float32 sums [BM, D] the
-    registers: 64 rows of 512 take all that eight warps have, and one stage of 64 keys is better than two of 32. A
-    prompt's many rows are blocks enough without splits, and 128 a block read keys and values half as often (LOG.md).
+    The queries' tile and those of keys and values must fit the chip's shared memory, and the float32 sums [BM, columns]
+    the registers: 64 rows of 512 take all that eight warps have. Hopper holds 128 rows of 512 columns if two programs
+    make half of the values' columns each: both make the scores, but a warp group has rows of its own and exchanges
+    nothing with the other. A prompt's many rows are blocks enough without splits. Hopper's as measured (LOG.md).
     """
+    width = head_dim * itemsize
+    many = rows_class(rows) > 512
     roomy = SHARED_LIMIT[chip] > 160_000
-    splits = 2
-    if head_dim * itemsize > 512:  # 512 columns of bfloat16
-        found = (64, 64, 8, 1) if SHARED_LIMIT[chip] > 200_000 else (64, 32, 8, 2) if roomy else (32, 16, 4, 2)
-    elif head_dim * itemsize > 256:
-        many = SHARED_LIMIT[chip] > 200_000 and rows_class(rows) > 512
-        found = (128, 64, 8, 2) if many else (64, 64, 4, 2) if roomy else (64, 32, 4, 2)
-        splits = 1 if many else 2
-    else:
+    splits, shares = 2, 1
+    if width <= 256:
         found = (64, 64, 4, 2)
+    elif chip == 90 and (many or width > 512):
+        found = (128, 64, 8, 2) if width <= 512 else (128, 64, 8, 1) if many else (128, 32, 8, 2)
+        splits, shares = 1 if many else 2, 2 if width > 512 else 1
+    elif width <= 512:  # 256 columns of bfloat16
+        found = (64, 64, 4, 2) if roomy else (64, 32, 4, 2)
+    else:
+        found = (64, 32, 8, 2) if roomy else (32, 16, 4, 2)
     bm, bn, warps, stages = found
-    bm = max(bm, 16, group)
-    return Tiling(BM=bm, BN=min(bn, PAGE), splits=splits, warps=warps, stages=stages)
+    return Tiling(BM=max(bm, 16, group), BN=min(bn, PAGE), splits=splits, warps=warps, stages=stages, shares=shares)
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView) -> Tensor:
@@ -159,11 +165,11 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView
     else:
         parts = torch.empty((tile.splits, *queries.shape), dtype=torch.float32, device=queries.device)
         sums = torch.empty((tile.splits, rows, heads), dtype=torch.float32, device=queries.device)
-    attention_kernel[(triton.cdiv(rows, tile.BM // group), kv_heads, tile.splits)](
+    attention_kernel[(triton.cdiv(rows, tile.BM // group), kv_heads * tile.shares, tile.splits)](
         queries, keys, values, view.low, view.high, view.segment, view.table, out, parts, sums,
         rows, view.table.shape[1], heads,
         kv_heads=kv_heads, GROUP=group, D=head_dim, PAGE=PAGE, BM=tile.BM, BN=tile.BN, SPLITS=tile.splits,
-        num_warps=tile.warps, num_stages=tile.stages,
+        SHARES=tile.shares, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     if tile.splits > 1:
         count, bm = rows * heads, max(1, JOIN_ELEMENTS // head_dim)
@@ -183,7 +189,7 @@ def cases() -> list[KernelCase]:
         group = 16 // kv_heads
         for chip, rows in product(SHARED_LIMIT, CLASSES):
             tile = tiling(head_dim, group, 2, chip, rows)
-            name = f"attention[{head_dim},{tile.BM}x{tile.BN}x{tile.splits}]"
+            name = f"attention[{head_dim},{tile.BM}x{tile.BN}x{tile.splits},{tile.shares}]"
             same = found.get(name)
             chips = tuple(dict.fromkeys((*(same.chips if same else ()), chip)))
             found[name] = KernelCase(
@@ -195,7 +201,7 @@ def cases() -> list[KernelCase]:
                 | {"rows": "i32:16", "width": "i32", "heads": "i32:16"},
                 constants={
                     "kv_heads": kv_heads, "GROUP": group, "D": head_dim, "PAGE": PAGE,
-                    "BM": tile.BM, "BN": tile.BN, "SPLITS": tile.splits,
+                    "BM": tile.BM, "BN": tile.BN, "SPLITS": tile.splits, "SHARES": tile.shares,
                 },
                 num_warps=tile.warps,
                 num_stages=tile.stages,

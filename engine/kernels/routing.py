@@ -11,6 +11,7 @@ can be captured in a CUDA graph.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import triton
@@ -22,7 +23,8 @@ from engine.kernels.catalog import KernelCase
 from engine.kernels.grouped import consecutive, launch_matmul, matmul_cases, rows_class, stored
 from engine.kernels.tiles import rounded, widened
 
-SCAN = 1024  # choices read at once: one pass at 128 rows of 8, small enough to live in registers
+SCANS = (2048, 4096)  # choices read at once: the fewest passes whose choices still live in registers
+SCAN_WARPS = 8
 ROUTE_TILE = 32  # rows
 ROUTE_PARTS = {256: 11, 512: 6, 1024: 4}  # by class of rows: about 90 programs and more; 2816 columns are 11 * 256
 ROUTE_WARPS = 1  # a row of 128 scores is four numbers a lane: reductions without shared memory
@@ -84,7 +86,10 @@ def schedule(chosen: Tensor, experts: int, tile: int) -> Schedule:
     tiles = tile_count(choices, experts, tile)
     out = torch.empty(choices + 3 * tiles, dtype=torch.int32, device=chosen.device)
     order, expert, start, rows = out.split((choices, tiles, tiles, tiles))
-    schedule_kernel[(experts,)](chosen, order, expert, start, rows, choices, TILE=tile, LANES=SCAN, num_warps=4)
+    lanes = SCANS[0] if choices <= SCANS[0] else SCANS[1]
+    schedule_kernel[(experts,)](
+        chosen, order, expert, start, rows, choices, TILE=tile, LANES=lanes, num_warps=SCAN_WARPS
+    )
     return Schedule(order=order, expert=expert, start=start, rows=rows, tile=tile)
 
 
@@ -157,14 +162,14 @@ def cases() -> list[KernelCase]:
     tensors = {"chosen": "*i64:16", "order": "*i32:16", "expert": "*i32", "start": "*i32", "rows": "*i32"}
     found = [
         KernelCase(
-            name=f"schedule[{tile}]",
+            name=f"schedule[{tile}, {lanes} at once]",
             kernel=schedule_kernel,
             signature=tensors | {"choices": "i32:16"},
-            constants={"TILE": tile, "LANES": SCAN},
-            num_warps=4,
+            constants={"TILE": tile, "LANES": lanes},
+            num_warps=SCAN_WARPS,
             num_stages=3,
         )
-        for tile in (32, 64, 128)
+        for tile, lanes in product((32, 64, 128), SCANS)
     ]
     found += matmul_cases("plain", 2816, (ROUTE_TILE,), gated=False, routed=False, split=True)
     for parts in (0, *ROUTE_PARTS.values()):

@@ -223,9 +223,11 @@ def _scales(scale, n, k, K, GROUP: tl.constexpr, BITS: tl.constexpr, BK: tl.cons
     """
     word = tl.arange(0, BK // 8)[None, :]
     pointers = scale + n * (K // 64) + k // 64
-    found = tl.load(pointers)[:, None]
-    if BK == 128:
-        found = tl.where(word < 8, found, tl.load(pointers + 1)[:, None])
+    if BK == 128:  # two words at one load
+        first, second = tl.split(tl.load(pointers[:, None] + tl.arange(0, 2)[None, :]))
+        found = tl.where(word < 8, first[:, None], second[:, None])
+    else:
+        found = tl.load(pointers)[:, None]
     return (found >> (word % 8 // GROUP * BITS)) & ((1 << BITS) - 1)
 
 

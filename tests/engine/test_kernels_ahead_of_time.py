@@ -32,12 +32,14 @@ def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
     assert told.returncode == 0, told.stderr[-3000:]
     rows = [line.rsplit(maxsplit=4) for line in told.stdout.splitlines()[1:]]
     # a tile may depend on the chip, what there is a kernel for may not
-    kernels = [(re.sub(r"\d+x\d+(x\d+)*", "tile", row[0]), row[1]) for row in rows]
+    kernels = [(re.sub(r"\d+x\d+(x\d+)*(,\d+w\d+s|,\d)?", "tile", row[0]), row[1]) for row in rows]
     per_chip = {chip: {name for name, where in kernels if where == str(chip)} for chip in CHIPS}
     assert len(per_chip[90]) > 40
     # chips whose matrix units multiply no 8-bit floats do without
     eight_bit = {name for name in per_chip[90] if "e4m3" in name or name.startswith("round[")}
     assert len(eight_bit) > 8
     assert all(names == per_chip[90] - (eight_bit if chip < 89 else set()) for chip, names in per_chip.items())
-    spills = {row[0]: row[3] for row in rows if row[3] not in ("0", "?") and int(row[3]) > 64}
+    # where tiles were chosen by measuring, a spill has been paid for already
+    most = dict.fromkeys(map(str, CHIPS), 64) | {"90": 320}
+    spills = {(name, chip): spilled for name, chip, _, spilled, _ in rows if int(spilled.replace("?", "0")) > most[chip]}
     assert not spills
