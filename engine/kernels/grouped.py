@@ -66,7 +66,7 @@ HOPPER: Mapping[tuple[str, bool, int], tuple[int, int, int, int, int | None]] = 
     ("e4m3", False, 32): (64, 64, 4, 8, None),
     ("e4m3", False, 64): (64, 64, 4, 6, None),
     ("e4m3", False, 128): (128, 64, 4, 5, None),
-    ("nvfp4", True, 32): (64, 128, 4, 3, None),
+    ("nvfp4", True, 32): (64, 128, 4, 3, 128),
     ("nvfp4", True, 64): (64, 128, 4, 3, 168),
     ("nvfp4", True, 128): (64, 64, 4, 2, None),
     ("int4", True, 32): (64, 128, 4, 3, 128),
@@ -188,7 +188,7 @@ def gated_kernel(
     gate = tl.zeros((BN, BM), tl.float32)
     up = tl.zeros((BN, BM), tl.float32)
     for k in range(0, K, BK):
-        tile = x_tile(x, choice // A, k, K, BK, EVEN_K)
+        tile = x_tile(x, choice // A, live, k, K, BK, EVEN_K)
         gate = accumulate(gate, tile, weight, scale, gate_rows, k, K, FORMAT, BK, EVEN_K)
         up = accumulate(up, tile, weight, scale, up_rows, k, K, FORMAT, BK, EVEN_K)
     n = tl.program_id(1) * BN + row_of(tl.arange(0, BN), FORMAT)
@@ -222,7 +222,7 @@ def matmul_kernel(
         first = tl.program_id(2) * span
         last = tl.minimum(first + span, K)
     for k in range(first, last, BK):
-        tile = x_tile(x, position, k, K, BK, EVEN_K)
+        tile = x_tile(x, position, live, k, K, BK, EVEN_K)
         acc = accumulate(acc, tile, weight, scale, weight_rows, k, K, FORMAT, BK, EVEN_K)
     n = tl.program_id(1) * BN + row_of(tl.arange(0, BN), FORMAT)
     acc *= row_factor(row_scale, matrix * width + tl.minimum(n, width - 1), FORMAT)

@@ -248,6 +248,28 @@ def prefix_figure(bench: Bench, prefix: int, base: int) -> Figure:
     return bench.figure(f"prefix@{prefix}", title, long.later, work, device=long.device, also=also)
 
 
+def turn_figure(bench: Bench, prefix: int, new: int, steps: int) -> Figure:
+    """First text of a turn that brings `new` tokens to a prefix that is kept, and how much longer that takes than with
+    no prefix at all."""
+    rig, clock = bench.rig, bench.clock
+    kept, turn = rig.ids(prefix), rig.ids(new)
+
+    def prepare(ids: Sequence[int]) -> None:
+        rig.clear()
+        rig.commit(ids)
+
+    def taken(ids: Sequence[int]) -> list[float]:
+        reply, before = partial(_canvas, rig, steps, turn), partial(prepare, ids)
+        clock.laps(reply, most=WARM_UP, seconds=SECONDS / 2, prepare=before)
+        return clock.laps(reply, most=FEW, seconds=SECONDS, prepare=before)
+
+    empty, laps = taken(()), taken(kept)
+    work = bench.canvas_of(joined_rows(rig.config, prefix, new), prefix + new, steps)
+    also = (typical(laps) / typical(empty), "times an empty prefix")
+    title = f"turn of {new} behind {prefix} to first text, {steps} steps"
+    return bench.figure(f"turn@{prefix}", title, laps, work, also=also)
+
+
 def slots_figure(bench: Bench, slots: int, prefix: int) -> Figure:
     """One pass over several open canvases."""
     passes = denoise_step(bench, prefix, slots=slots)

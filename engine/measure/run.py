@@ -209,6 +209,9 @@ class FormatBench:
         for tokens in shape.prefill:
             yield from self._group("prefill", f"prefill@{tokens}", partial(measuring.prefill_figure, bench, tokens))
         yield from self._group("prefix", f"prefix@{longest}", partial(measuring.prefix_figure, bench, longest, short))
+        turn = shape.prefill[1]
+        measure = partial(measuring.turn_figure, bench, turn, shape.config.canvas_length, shape.first_text[1])
+        yield from self._group("prefix", f"turn@{turn}", measure)
         measure = partial(measuring.beside_figure, bench, shape.beside, short)
         yield from self._group("beside", f"beside@{shape.beside}", measure)
         bench.rig.close()

@@ -48,6 +48,7 @@ EVERYTHING = {
     "prefill@128",
     "prefill@256",
     "prefix@256",
+    "turn@128",
     "beside@128",
     "slots@1",
     "slots@2",
