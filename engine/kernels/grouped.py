@@ -188,7 +188,7 @@ def gated_kernel(
     gate = tl.zeros((BN, BM), tl.float32)
     up = tl.zeros((BN, BM), tl.float32)
     for k in range(0, K, BK):
-        tile = x_tile(x, choice // A, live, k, K, BK, EVEN_K)
+        tile = x_tile(x, choice // A, k, K, BK, EVEN_K)
         gate = accumulate(gate, tile, weight, scale, gate_rows, k, K, FORMAT, BK, EVEN_K)
         up = accumulate(up, tile, weight, scale, up_rows, k, K, FORMAT, BK, EVEN_K)
     n = tl.program_id(1) * BN + row_of(tl.arange(0, BN), FORMAT)
@@ -222,7 +222,7 @@ def matmul_kernel(
         first = tl.program_id(2) * span
         last = tl.minimum(first + span, K)
     for k in range(first, last, BK):
-        tile = x_tile(x, position, live, k, K, BK, EVEN_K)
+        tile = x_tile(x, position, k, K, BK, EVEN_K)
         acc = accumulate(acc, tile, weight, scale, weight_rows, k, K, FORMAT, BK, EVEN_K)
     n = tl.program_id(1) * BN + row_of(tl.arange(0, BN), FORMAT)
     acc *= row_factor(row_scale, matrix * width + tl.minimum(n, width - 1), FORMAT)

@@ -296,16 +296,11 @@ def _int4_values(words, scale, dtype: tl.constexpr):
 
 
 @triton.jit
-def x_tile(x, rows, live, k, width, BK: tl.constexpr, EVEN_K: tl.constexpr):
-    """Columns k to k + BK of rows [BM] of x [*, width], transposed: [BK, BM]; zero beyond `width`. Rows that are not
-    `live` are not read, half of a tile where 16 rows an expert are usual: they are anything, and so is what comes of
-    them."""
+def x_tile(x, rows, k, width, BK: tl.constexpr, EVEN_K: tl.constexpr):
+    """Columns k to k + BK of rows [BM] of x [*, width], transposed: [BK, BM]; zero beyond `width`."""
     columns = k + tl.arange(0, BK)[:, None]
     pointers = x + rows[None, :] * width + columns
-    if EVEN_K:
-        return tl.load(pointers, mask=live[None, :])
-    else:
-        return tl.load(pointers, mask=live[None, :] & (columns < width), other=0.0)
+    return tl.load(pointers) if EVEN_K else tl.load(pointers, mask=columns < width, other=0.0)
 
 
 @triton.jit
