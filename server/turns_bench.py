@@ -32,7 +32,7 @@ from server.prompt import PromptRenderer
 
 Clock = Callable[[], float]
 
-ROUNDS = 4  # conversations for each of those that go on at once
+ROUNDS = 8  # conversations for each of those that go on at once: at the end fewer than that are left to go on
 
 
 @dataclass(frozen=True, kw_only=True)

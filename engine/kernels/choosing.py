@@ -1,9 +1,9 @@
 """What start-up chooses by measuring on the very chip: which of several ways to do an op is fastest here.
 
 The ways are those of `linears`, of `experts`, and of self-conditioning's embedding (`output`, `soft_embedding`). Each
-is timed alone, over the weights of several layers, so that no cache holds them, and the usual way stays unless another
-is faster by GAIN: what is as good as equal should not differ from start to start. A way that computes something else on
-this chip than the usual one is never chosen. Knows shapes and functions, no layers.
+is timed alone, over the weights of several layers, so that no cache holds them, and the first stays unless another is
+faster by GAIN: what is as good as equal should not differ from start to start. A way that computes something else on
+this chip than the first is never chosen. Knows shapes and functions, no layers.
 
 Invariant: what was chosen depends on shapes only, never on what is in the rows or beside them, and does not change.
 """
@@ -109,25 +109,43 @@ def _layers(weights: Mapping[str, Weight]) -> list[dict[str, Weight]]:
     return list(found.values())
 
 
-def fastest(usual: T, others: Iterable[T], timed: Callable[[T], tuple[float, Tensor]], what: str, told: list[str]) -> T:
-    """The usual one unless another is faster by GAIN. One that this chip or its libraries refuse, or whose result is
-    not the usual one's, is passed over, and told of; a device that failed is not."""
-    before, expected = timed(usual)
-    chosen, best = usual, before
-    for other in others:
+def fastest(
+    offered: Iterable[T],
+    timed: Callable[[T], tuple[float, Tensor]],
+    what: str,
+    told: list[str],
+    *,
+    last: T | None = None,
+) -> T:
+    """The first of what is offered unless another is faster by GAIN. One that this chip or its libraries refuse, or
+    whose result is not the first's, is passed over, and told of; a device that failed is not. `last`: what else there
+    is should all be refused; None: then the last refusal is raised."""
+    chosen: T | None = None
+    usual = best = 0.0
+    expected: Tensor | None = None
+    refusal: Exception | None = None
+    for way in offered:
         try:
-            taken, result = timed(other)
-            error = _distance(result, expected)
-        except (RuntimeError, triton.TritonError) as refusal:
-            if isinstance(refusal, torch.AcceleratorError):
+            taken, result = timed(way)
+            error = 0.0 if expected is None else _distance(result, expected)
+        except (RuntimeError, triton.TritonError) as refused:
+            if isinstance(refused, torch.AcceleratorError):
                 raise
-            told.append(f"{what}: {other} is refused ({str(refusal).strip().splitlines()[0][:80]})")
+            told.append(f"{what}: {way} is refused ({str(refused).strip().splitlines()[0][:80]})")
+            refusal = refused
             continue
-        if not error < WRONG:  # nan is wrong too
-            told.append(f"{what}: {other} is wrong here (off by {error:.2g} of the result)")
-        elif taken < best and taken < (1 - GAIN) * before:
-            chosen, best = other, taken
-    told.append(f"{what}: {chosen}, {best:.0f} us" + (f" instead of {before:.0f}" if chosen != usual else ""))
+        if expected is None:
+            chosen, usual, best, expected = way, taken, taken, result
+        elif not error < WRONG:  # nan is wrong too
+            told.append(f"{what}: {way} is wrong here (off by {error:.2g} of the result)")
+        elif taken < best and taken < (1 - GAIN) * usual:
+            chosen, best = way, taken
+    if chosen is None:
+        if last is None:
+            raise refusal or ValueError(f"{what}: nothing is offered")
+        chosen, (best, _) = last, timed(last)
+        usual = best
+    told.append(f"{what}: {chosen}, {best:.0f} us" + (f" instead of {usual:.0f}" if best < usual else ""))
     return chosen
 
 
@@ -161,8 +179,8 @@ def _choose_linears(
         ) -> tuple[float, Tensor]:
             return time([partial(_multiply, x, *pair, way, product, linears) for pair in pairs[:LAYERS]])
 
-        usual, *others = ways(product.form, rows, chip_of(x.device), eight_bit=eight_bit)
-        linears[product] = fastest(usual, others, timed, str(product), told)
+        offered = ways(product.form, rows, chip_of(x.device), eight_bit=eight_bit)
+        linears[product] = fastest(offered, timed, str(product), told, last=TILES)
 
 
 def _multiply(
@@ -216,8 +234,8 @@ def _choose_experts(
         ) -> tuple[float, Tensor]:
             return time([partial(experts_by, way, x, shares, chosen, *pair) for pair in pairs[:EXPERT_LAYERS]])
 
-        usual, *others = expert_ways(*pairs[0], rows * active, chip_of(x.device), eight_bit=eight_bit)
-        experts[mixture] = fastest(usual, others, timed, str(mixture), told)
+        offered = expert_ways(*pairs[0], rows * active, chip_of(x.device), eight_bit=eight_bit)
+        experts[mixture] = fastest(offered, timed, str(mixture), told, last=ExpertWay(offered[0].tile))
 
 
 def _sparse_is_faster(embedding: Tensor, canvas: int, scale: float, time: Timer, told: list[str]) -> bool:
@@ -233,4 +251,4 @@ def _sparse_is_faster(embedding: Tensor, canvas: int, scale: float, time: Timer,
         return time([partial(op, shares, embedding, scale) for shares in (sure, unsure)])
 
     what = f"soft embedding {vocab}x{embedding.shape[1]} of {canvas} rows"
-    return fastest("dense", ["sparse"], timed, what, told) == "sparse"
+    return fastest(["dense", "sparse"], timed, what, told) == "sparse"

@@ -108,7 +108,7 @@ def expert_ways(gate_up: Weight, down: Weight, choices: int, chip: int, *, eight
     tiles = (tile, *(half for half in ROW_TILES if 2 * half == tile))
     eight = eight_bit and chip in E4M3_CHIPS and (isinstance(gate_up, Fp8Weight) or isinstance(down, Fp8Weight))
     if eight:  # decoding does the same and more
-        return [ExpertWay(tile), *(ExpertWay(each, True) for each in tiles)]
+        return [ExpertWay(each, True) for each in tiles]
     return [ExpertWay(each) for each in tiles]
 
 

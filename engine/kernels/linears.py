@@ -95,10 +95,10 @@ Chosen = Mapping[Product, Way]
 
 def ways(form: str, rows: int, chip: int, *, eight_bit: bool) -> list[Way]:
     """What may be chosen for a quantised weight; the usual one is the first. `eight_bit`: x may be rounded. Where it
-    can be, no other way that decodes is offered: it would do the same and more, and take its time to compile."""
+    can be, no way that decodes is offered: it would do the same and more, and take its time to compile."""
     parts = (1, *PARTS) if rows <= 512 else (1,)  # beyond, there are programs enough
     if form == "fp8" and eight_bit and chip in E4M3_CHIPS:
-        return [TILES, *(Way("e4m3", count) for count in parts), Way("library")]
+        return [*(Way("e4m3", count) for count in parts), Way("library")]
     return [*(Way("tiles", count) for count in parts), Way("unpacked")]
 
 

@@ -114,6 +114,7 @@ class FormatBench:
         yield from self._group("start", "start", partial(self._start, checkpoint, context))
         if not options.profile and set(options.only) == {"start"}:
             return
+        _free(self._device)  # what that engine held is no peak of this one
         self._memory.begin()
         built: list[Bench] = []
 

@@ -12,7 +12,7 @@ from engine.kernels import choosing, reference
 from engine.kernels.choosing import GAIN, Choices, GraphTimer, Run, choose, fastest
 from engine.kernels.experts import ExpertWay
 from engine.kernels.grouped import CLASSES
-from engine.kernels.linears import Way
+from engine.kernels.linears import PARTS, Way
 from engine.kernels.triton_ops import TRITON, by_choice
 from engine.kernels.weights import Weight
 from tests.engine.kernel_inputs import assert_near, randn, random_weight
@@ -68,7 +68,7 @@ CPU = torch.device("cpu")  # which counts as a chip of 90
 
 
 def test_the_fastest_is_chosen_for_every_matrix_and_class() -> None:
-    clock = Clock({"tiles in 3 parts": 5.0, "library": 4.0, "tiles of 32, e4m3": 3.0})
+    clock = Clock({"e4m3 in 3 parts": 5.0, "library": 4.0, "tiles of 32, e4m3": 3.0})
     found = chosen(clock, "fp8", "fp8", CPU, eight_bit=True)
     assert {way.name for way in found.linears.values()} == {"library"}
     assert {(product.out, product.width, product.gated, product.rows) for product in found.linears} == {
@@ -89,9 +89,9 @@ def test_rows_stay_in_16_bit_unless_the_checkpoint_says_so() -> None:
 
 def test_what_is_as_good_as_equal_stays_usual() -> None:
     same = torch.ones(2)
-    assert fastest("a", ["b"], {"a": (10.0, same), "b": (10 * (1 - GAIN) + 0.01, same)}.__getitem__, "op", []) == "a"
+    assert fastest(["a", "b"], {"a": (10.0, same), "b": (10 * (1 - GAIN) + 0.01, same)}.__getitem__, "op", []) == "a"
     three = {"a": (10.0, same), "b": (9.0, same), "c": (9.5, same)}
-    assert fastest("a", ["b", "c"], three.__getitem__, "op", []) == "b"
+    assert fastest(["a", "b", "c"], three.__getitem__, "op", []) == "b"
 
 
 def test_what_is_wrong_on_this_chip_is_passed_over_and_told() -> None:
@@ -99,18 +99,25 @@ def test_what_is_wrong_on_this_chip_is_passed_over_and_told() -> None:
     assert {way.name for way in found.linears.values()} == {"e4m3"}
     assert any("library is wrong here (off by 0.2 of the result)" in line for line in found.told)
     results = {"a": (10.0, torch.ones(2)), "b": (1.0, torch.full((2,), torch.nan))}
-    assert fastest("a", ["b"], results.__getitem__, "op", []) == "a"
+    assert fastest(["a", "b"], results.__getitem__, "op", []) == "a"
 
 
 def test_what_this_chip_refuses_is_passed_over_and_told() -> None:
     found = chosen(Clock({}, refused=["library"]), "fp8", "plain", CPU, eight_bit=True)
-    assert {way.name for way in found.linears.values()} == {"tiles"}
+    assert {way.name for way in found.linears.values()} == {"e4m3"}
     assert any("library is refused (library is not for this chip)" in line for line in found.told)
 
 
-def test_the_usual_way_may_not_be_refused() -> None:
+def test_where_all_of_8_bit_is_refused_weights_are_decoded() -> None:
+    clock = Clock({}, refused=["library", "e4m3", *(f"e4m3 in {parts} parts" for parts in PARTS)])
+    found = chosen(clock, "fp8", "plain", CPU, eight_bit=True)
+    assert {way.name for way in found.linears.values()} == {"tiles"}
+
+
+def test_not_everything_may_be_refused() -> None:
+    everything = ["tiles", "unpacked", *(f"tiles in {parts} parts" for parts in PARTS)]
     with pytest.raises(RuntimeError, match="not for this chip"):
-        chosen(Clock({}, refused=["tiles"]), "fp8", "plain", CPU, eight_bit=True)
+        chosen(Clock({}, refused=everything), "fp8", "plain", CPU, eight_bit=False)
 
 
 def test_a_failed_device_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +127,7 @@ def test_a_failed_device_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None
         return 1.0, torch.ones(1)
 
     with pytest.raises(torch.AcceleratorError):
-        fastest("a", ["b"], timed, "op", [])
+        fastest(["a", "b"], timed, "op", [])
 
 
 def test_plain_dense_layers_leave_nothing_to_choose() -> None:

@@ -80,13 +80,14 @@ def test_conversations_one_after_the_other_and_at_once(
     assert document == json.loads(path.read_text())
     assert document["same_replies"] is True
     ways = document["one_after_the_other"], document["at_once"]
-    assert [len(way["turns"]) for way in ways] == [24, 24]
-    assert [turn["conversation"] for turn in ways[0]["turns"]] == [number for number in range(8) for _ in range(3)]
+    assert [len(way["turns"]) for way in ways] == [48, 48]
+    assert [turn["conversation"] for turn in ways[0]["turns"]] == [number for number in range(16) for _ in range(3)]
     # always two at a time, the next as soon as one is over
-    assert [turn["conversation"] for turn in ways[1]["turns"]] == [*[0, 1] * 3, *[2, 3] * 3, *[4, 5] * 3, *[6, 7] * 3]
+    pairs = [(first, first + 1) * 3 for first in range(0, 16, 2)]
+    assert [turn["conversation"] for turn in ways[1]["turns"]] == [number for pair in pairs for number in pair]
     assert document["throughput_ratio"] == pytest.approx(ways[0]["seconds"] / ways[1]["seconds"])
     assert len(engines) == 2
-    assert len({request.prompt_ids for request in engines[0].requests}) == 25, "no two conversations ask the same"
+    assert len({request.prompt_ids for request in engines[0].requests}) == 49, "no two conversations ask the same"
 
 
 def test_other_replies_are_told(prompts: PromptRenderer) -> None:
