@@ -92,11 +92,15 @@ class Denoiser:
             return torch.zeros(sizes, dtype=dtype, device=device)
 
         self._ids = state(*shape)  # input of the next pass
-        # What the host may ask after a pass lies together, 64 bits each, so that one copy brings all of a slot's.
-        self._seen = state(slots, 3, canvas_length)
+        # What the host may ask after a pass lies together, 64 bits each, so that one copy brings it all.
+        self._seen = state(slots, 4, canvas_length)
         self._best = self._seen[:, 0]  # argmax of the last pass; -1 before the first
         self._entropy = self._seen.view(torch.float32)[:, 1, :canvas_length]  # of the last pass
         self._kept = self._seen.view(torch.bool)[:, 2, :canvas_length]  # accepted in the last pass
+        self._finished = self._seen[:, 3, :2]  # whether the canvas is done; whether what was found is finite
+        # the host's copy, from the end of the last pass; and slots that have changed since
+        self._told = torch.zeros(self._seen.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._changed: set[int] = set()
         self._pins = state(*shape) - 1  # the id a position is held at; -1 = free
         self._passes, self._unchanged = state(slots), state(slots)
         self._temperatures = state(slots, passes, dtype=torch.float32)  # by pass
@@ -106,7 +110,6 @@ class Denoiser:
         self._uniforms = state(slots, passes + 1, canvas_length, dtype=torch.float32)
         self._request_temperature, self._top_p, self._min_p = (state(slots, dtype=torch.float32) for _ in range(3))
         self._top_k = state(slots, dtype=torch.int32)
-        self._finished = state(2, slots, dtype=torch.bool)  # of a pass's canvases, in order: done; finite
         self._bias = Bias(slots, vocab_size, schedule, device)
         # made by the first pass, which knows size and dtype, and never again
         self._soft: Tensor | None = None  # [S, C, M], the expected embedding under the last pass; 0 before the first
@@ -164,11 +167,18 @@ class Denoiser:
             self._pass(plan, flags)
         else:
             self._graphs.run(kind, lambda: self._pass(plan, flags))
-        finished = self._finished[:, : len(canvases)].tolist() if canvases else ((), ())  # all that the host waits for
+        finished = self._wait(slots) if canvases else []
         plan.advance()
         self._logits, self._rows = self._outputs.get(kind), {slot: row for row, slot in enumerate(slots)}
-        for canvas, done, finite in zip(canvases, *finished, strict=True):
-            self._advance(canvas, done=done, finite=finite)
+        for canvas, (done, finite) in zip(canvases, finished, strict=True):
+            self._advance(canvas, done=bool(done), finite=bool(finite))
+
+    def _wait(self, slots: list[int]) -> list[list[int]]:
+        """Have the host's copy made, all that the host waits for; returns the slots' `_finished`."""
+        self._told.copy_(self._seen)
+        self._changed.clear()
+        finished: list[list[int]] = self._told[slots, 3, :2].tolist()
+        return finished
 
     def _plan(
         self,
@@ -196,6 +206,7 @@ class Denoiser:
             return
         self._best[where] = ids
         self._entropy[where] = 0
+        self._changed.add(canvas.slot)
         if self._soft is not None:
             self._soft[where] = self._model.embed(ids)
 
@@ -209,6 +220,7 @@ class Denoiser:
         noise = self._noise_ids[slot, canvas.passes, target:]
         self._ids[slot, target:] = torch.where(known, self._ids[slot, come_from], noise)
         self._best[slot, target:] = torch.where(known, self._best[slot, come_from], -1)
+        self._changed.add(slot)
         if self._soft is not None:
             self._soft[slot, target:] = self._soft[slot, come_from] * known[:, None]
 
@@ -231,12 +243,12 @@ class Denoiser:
 
     def found(self, canvas: Canvas) -> tuple[list[int], list[float]]:
         """The argmax and the entropy in nats of every position after the last pass; pins count as found, and sure."""
-        best, entropy, _ = self.accepted(canvas)
-        return best, entropy
+        return self.accepted(canvas)[:2]
 
     def accepted(self, canvas: Canvas) -> tuple[list[int], list[float], list[int]]:
         """What `found` tells, and the positions that the last pass accepted."""
-        best, entropy, kept = self._seen[canvas.slot].cpu()
+        slot = canvas.slot
+        best, entropy, kept, _ = self._seen[slot].cpu() if slot in self._changed else self._told[slot]
         length = self._canvas_length
         where = compress(range(length), kept.view(torch.bool)[:length].tolist())
         return best.tolist(), entropy.view(torch.float32)[:length].tolist(), list(where)
@@ -347,7 +359,7 @@ class Denoiser:
         self._entropy[slots] = entropy
         self._unchanged[slots] = verdict.unchanged
         self._passes[slots] = passes + 1
-        self._finished[:, : len(slots)] = torch.stack((verdict.done, verdict.finite))
+        self._finished[slots] = torch.stack((verdict.done, verdict.finite), dim=1).long()
 
     def _advance(self, canvas: Canvas, *, done: bool, finite: bool) -> None:
         """The host's side of the same."""
@@ -360,7 +372,7 @@ class Denoiser:
             return
         elif done:
             canvas.state = "done"
-            canvas.result = tuple(self._best[canvas.slot].tolist())
+            canvas.result = tuple(self._told[canvas.slot, 0].tolist())
         elif canvas.passes == canvas.schedule.max_denoising_steps:
             if canvas.attempt + 1 == ATTEMPTS:
                 canvas.state = "unconverged"
@@ -386,6 +398,7 @@ class Denoiser:
         self._noise_ids[slot, rows], self._uniforms[slot, rows] = noise.ids, noise.uniforms
         self._ids[slot] = torch.where(self._pins[slot] < 0, noise.ids[0], self._pins[slot])
         self._best[slot] = -1
+        self._changed.add(slot)
         self._passes[slot] = self._unchanged[slot] = 0
         self._kept[slot] = False
         if self._soft is not None:
