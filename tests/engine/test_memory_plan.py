@@ -15,7 +15,7 @@ from engine.engine import DiffusionEngine
 from engine.formats import choose, layout
 from engine.interface import EngineError, EngineOptions
 from engine.kv_cache import KVPool
-from engine.memory_plan import CARDS, CHOICES, GB, MemoryPlan, plan_memory, plans, refusal, usable
+from engine.memory_plan import CARDS, CHOICES, GB, MemoryPlan, default_chunk, plan_memory, plans, refusal, usable
 from engine.pages import PAGE
 from tests.engine.quantised_models import SIZES
 from tests.engine.small_models import CPU, random_model, save, small_config
@@ -211,3 +211,8 @@ def test_the_context_is_as_long_as_memory_allows(folder: Path, monkeypatch: pyte
 
 def test_available_memory_of_this_host() -> None:
     assert 2**26 < choices.available_memory(CPU) < 2**50
+
+
+def test_prompts_are_committed_in_longer_chunks_where_memory_is_plenty() -> None:
+    assert [default_chunk(True, card * GB) for card in (12, 24, 48, 80, 141)] == [1024, 1024, 1024, 2048, 2048]
+    assert default_chunk(False, 500 * GB) == 512
