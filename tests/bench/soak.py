@@ -217,7 +217,10 @@ def main() -> None:
     options.add_argument("--clients", type=int, default=8)
     options.add_argument("--seed", type=int, default=0)
     chosen = options.parse_args()
-    found = asyncio.run(soak(chosen.url, chosen.pid, chosen.minutes, chosen.clients, chosen.seed))
+    try:
+        found = asyncio.run(soak(chosen.url, chosen.pid, chosen.minutes, chosen.clients, chosen.seed))
+    except httpx.ConnectError:
+        options.error(f"no server answers at {chosen.url}; start one with `easel serve`")
     print(json.dumps(found))
     sys.exit(bool(found["errors"]) or not found["answers_afterwards"])
 
