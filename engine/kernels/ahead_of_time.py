@@ -75,11 +75,11 @@ def compile_case(case: KernelCase, chip: int) -> Needs:
     shared = int(compiled.metadata.shared)
     if shared > SHARED_LIMIT[chip]:
         raise ValueError(f"{case.name} needs {shared} bytes of shared memory, sm_{chip} has {SHARED_LIMIT[chip]}")
-    registers, spilled = _resources(compiled.asm["cubin"])
+    registers, spilled = resources(compiled.asm["cubin"])
     return Needs(name=case.name, chip=chip, shared=shared, registers=registers, spilled=spilled)
 
 
-def _resources(cubin: bytes) -> tuple[int | None, int | None]:
+def resources(cubin: bytes) -> tuple[int | None, int | None]:
     spec = find_spec("triton.backends.nvidia")
     assert spec is not None and spec.submodule_search_locations
     tool = Path(next(iter(spec.submodule_search_locations))) / "bin" / "cuobjdump"
