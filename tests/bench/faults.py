@@ -224,12 +224,11 @@ async def neighbours(server: Server, count: int, chance: Random) -> Said:
 
 async def full_disk(server: Server, count: int, chance: Random) -> Said:
     """The log cannot grow: RLIMIT_FSIZE at its present size."""
-    size = server.log.stat().st_size
-    await server.http.post(f"/faults/disk/{size}")
+    size = (await server.http.post("/faults/disk/true")).json()["size"]
     found = await clients.at_once([clients.streaming(server.port, **clients.SUM) for _ in range(50)], 20)
     whole = sum(number for what, number in found.items() if "whole" in what)
     lost = server.log.stat().st_size == size
-    await server.http.post("/faults/disk/0")
+    await server.http.post("/faults/disk/false")
     return f"{whole} of 50 whole, {'no' if lost else 'some'} line was written", whole == 50 and lost
 
 

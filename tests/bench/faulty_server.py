@@ -144,12 +144,12 @@ def with_handles(faults: Faults, engines: list[Any]) -> Callable[[ChatService, A
             faults.clock = seconds
             return {"now": time.time()}
 
-        @app.post("/faults/disk/{size}")
-        async def fill(size: int) -> dict[str, Any]:
-            """No file may grow beyond so many bytes; 0: as far as they like."""
+        @app.post("/faults/disk/{full}")
+        async def fill(full: bool) -> dict[str, int]:
+            """Whether the log, which standard error goes to, may grow no more. Its size, from then on."""
             _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (size or hard, hard))
-            return {}
+            resource.setrlimit(resource.RLIMIT_FSIZE, (os.fstat(2).st_size if full else hard, hard))
+            return {"size": os.fstat(2).st_size}  # after that: a line may have come in between
 
         return app
 
