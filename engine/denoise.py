@@ -171,13 +171,13 @@ class Denoiser:
         plan.advance()
         self._logits, self._rows = self._outputs.get(kind), {slot: row for row, slot in enumerate(slots)}
         for canvas, (done, finite) in zip(canvases, finished, strict=True):
-            self._advance(canvas, done=bool(done), finite=bool(finite))
+            self._advance(canvas, done=done, finite=finite)
 
-    def _wait(self, slots: list[int]) -> list[list[int]]:
+    def _wait(self, slots: list[int]) -> list[list[bool]]:
         """Have the host's copy made, all that the host waits for; returns the slots' `_finished`."""
         self._told.copy_(self._seen)
         self._changed.clear()
-        finished: list[list[int]] = self._told[slots, 3, :2].tolist()
+        finished: list[list[bool]] = self._told[slots, 3, :2].bool().tolist()
         return finished
 
     def _plan(

@@ -80,6 +80,7 @@ def compile_case(case: KernelCase, chip: int) -> Needs:
 
 
 def resources(cubin: bytes) -> tuple[int | None, int | None]:
+    """Registers and spilled bytes of a thread, in machine code; None where the tool that tells is missing."""
     spec = find_spec("triton.backends.nvidia")
     assert spec is not None and spec.submodule_search_locations
     tool = Path(next(iter(spec.submodule_search_locations))) / "bin" / "cuobjdump"

@@ -11,7 +11,8 @@ low, high and pages only: splits are divided by the block's own positions, never
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -126,6 +127,14 @@ def join_kernel(parts, sums, out, count, D: tl.constexpr, SPLITS: tl.constexpr, 
     tl.store(out + place[:, None] * D + columns[None, :], rounded(acc, out.dtype.element_ty), mask=live[:, None])
 
 
+# By bytes of a row's columns, 1024 or more, and whether there are many rows.
+HOPPER: Mapping[tuple[int, bool], Tiling] = {
+    (512, True): Tiling(BM=128, BN=64, splits=1, warps=8, stages=2),
+    (1024, False): Tiling(BM=128, BN=32, splits=2, warps=8, stages=2, shares=2),
+    (1024, True): Tiling(BM=128, BN=64, splits=1, warps=8, stages=1, shares=2),
+}
+
+
 def tiling(head_dim: int, group: int, itemsize: int, chip: int, rows: int) -> Tiling:
     """Tile sizes for a head size, `group` query heads a key head, a chip such as 90 and so many rows.
 
@@ -134,21 +143,20 @@ def tiling(head_dim: int, group: int, itemsize: int, chip: int, rows: int) -> Ti
     make half of the values' columns each: both make the scores, but a warp group has rows of its own and exchanges
     nothing with the other. A prompt's many rows are blocks enough without splits. Hopper's as measured (LOG.md).
     """
-    width = head_dim * itemsize
-    many = rows_class(rows) > 512
+    width, many = head_dim * itemsize, rows_class(rows) > 512
     roomy = SHARED_LIMIT[chip] > 160_000
-    splits, shares = 2, 1
-    if width <= 256:
-        found = (64, 64, 4, 2)
-    elif chip == 90 and (many or width > 512):
-        found = (128, 64, 8, 2) if width <= 512 else (128, 64, 8, 1) if many else (128, 32, 8, 2)
-        splits, shares = 1 if many else 2, 2 if width > 512 else 1
+    measured = HOPPER.get((min(width, 1024), many)) if chip == 90 else None
+    if measured is not None:
+        found = measured
+    elif width <= 256:
+        found = Tiling(BM=64, BN=64, splits=2, warps=4, stages=2)
     elif width <= 512:  # 256 columns of bfloat16
-        found = (64, 64, 4, 2) if roomy else (64, 32, 4, 2)
+        found = Tiling(BM=64, BN=64 if roomy else 32, splits=2, warps=4, stages=2)
+    elif roomy:
+        found = Tiling(BM=64, BN=32, splits=2, warps=8, stages=2)
     else:
-        found = (64, 32, 8, 2) if roomy else (32, 16, 4, 2)
-    bm, bn, warps, stages = found
-    return Tiling(BM=max(bm, 16, group), BN=min(bn, PAGE), splits=splits, warps=warps, stages=stages, shares=shares)
+        found = Tiling(BM=32, BN=16, splits=2, warps=4, stages=2)
+    return replace(found, BM=max(found.BM, 16, group), BN=min(found.BN, PAGE))
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView) -> Tensor:

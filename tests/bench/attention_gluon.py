@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 
 import torch
 import triton
@@ -31,12 +32,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from engine.kernels import attention as usual
 from engine.kernels.ahead_of_time import resources
+from engine.kernels.choosing import GraphTimer
 from engine.kernels.views import AttentionView, Segment
 from engine.pages import PAGE as PAGE_LENGTH
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 PAGE = gl.constexpr(PAGE_LENGTH)
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
+LAUNCHES = 10  # in one captured graph
 HEADS, KV_HEADS, COLUMNS, BM, BN, WARPS = 16, 2, 512, 64, 32, 8
 
 
@@ -204,26 +207,6 @@ def inputs(rows: int, prefix: int, *, canvas: bool) -> tuple[Tensor, Tensor, Ten
     return noise(rows, HEADS, COLUMNS) * COLUMNS**-0.5, noise(*stored), noise(*stored), view
 
 
-def microseconds(run) -> float:  # type: ignore[no-untyped-def]
-    """Of one of ten in a captured graph, the least of four replays."""
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(10):
-            run()
-    graph.replay()
-    laps = []
-    for _ in range(4):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        laps.append(100 * begin.elapsed_time(end))
-    return min(laps)
-
-
 def compiled() -> None:
     """Print what the kernel needs."""
     pointers = dict.fromkeys(("queries", "keys", "values", "out"), "*bf16")
@@ -251,7 +234,7 @@ def main() -> int:
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         print("attention_gluon: needs a GPU of capability 9.0", file=sys.stderr)
         return 2
-    found = []
+    time, found = GraphTimer(), []
     for title, rows, prefix, canvas in (
         ("canvas behind 0", 256, 0, True),
         ("canvas behind 512", 256, 512, True),
@@ -261,17 +244,14 @@ def main() -> int:
         ("prompt of 100 behind 1023", 100, 1023, False),
     ):
         given = inputs(rows, prefix, canvas=canvas)
-        expected = usual.attention(*given).float()
-        times = {"engine": microseconds(lambda given=given: usual.attention(*given))}  # type: ignore[misc]
-        errors = {}
+        times: dict[str, float] = {}
+        errors: dict[int, float] = {}
+        times["engine"], expected = time([partial(usual.attention, *given)] * LAUNCHES)
         for splits in (1, 2, 4):
-            result = attention(*given, splits).float()
-            errors[splits] = float((result - expected).norm() / expected.norm())
-            times[f"gluon, {splits} splits"] = microseconds(
-                lambda given=given, splits=splits: attention(*given, splits)  # type: ignore[misc]
-            )
+            times[f"gluon, {splits} splits"], result = time([partial(attention, *given, splits)] * LAUNCHES)
+            errors[splits] = float((result.float() - expected.float()).norm() / expected.float().norm())
         found.append({"case": title, "microseconds": times, "errors": errors})
-        print(title, {name: round(time, 1) for name, time in times.items()}, errors, flush=True)
+        print(title, {name: round(taken, 1) for name, taken in times.items()}, errors, flush=True)
     print(json.dumps({"bench": "attention_gluon", "cases": found}))
     return 0
 

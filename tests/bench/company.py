@@ -17,11 +17,9 @@ from transformers import AutoTokenizer
 
 from engine.demo import corpus
 from engine.demo.dataset import row_of
+from engine.demo.evaluate import HERE, MAX_TOKENS
 from engine.engine import DiffusionEngine
 from engine.interface import CanvasDone, EngineOptions, Finished, GenerationRequest, Sampling
-
-HERE = Path(__file__).parents[2] / "engine" / "demo" / "checkpoint"
-MAX_TOKENS = 512
 
 
 def replies(engine: DiffusionEngine, requests: Sequence[GenerationRequest], together: int) -> dict[str, list[int]]:

@@ -14,12 +14,14 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 
 from engine.kernels import grouped
+from engine.kernels.choosing import GraphTimer
 from engine.kernels.experts import routed
 from engine.kernels.grouped import FORMATS, Tiling, launch_gated, launch_matmul, stored
 from engine.kernels.rounding import round_rows
@@ -28,6 +30,7 @@ from engine.kernels.tiles import ordered
 from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, Weight, nbytes
 
 HIDDEN, WIDTH, ACTIVE = 2816, 704, 8
+LAUNCHES = 10  # in one captured graph
 
 
 def weight(form: str, experts: int, out: int, width: int) -> Weight:
@@ -96,26 +99,6 @@ def compile_one(task: tuple[str, bool, int, Tiling]) -> str | None:
     return None
 
 
-def timed(launch, tile: Tiling) -> float:  # type: ignore[no-untyped-def]
-    """Milliseconds of one of ten in a captured graph, the least of four replays."""
-    launch(tile)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(10):
-            launch(tile)
-    graph.replay()
-    laps = []
-    for _ in range(4):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        laps.append(begin.elapsed_time(end) / 10)
-    return min(laps)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--format", nargs="+", default=list(FORMATS), choices=FORMATS)
@@ -134,7 +117,7 @@ def main() -> int:
     ]
     with multiprocessing.get_context("spawn").Pool(min(14, os.cpu_count() or 1)) as pool:
         failed = dict(zip(tasks, pool.map(compile_one, tasks, chunksize=1), strict=True))
-    found = []
+    time, found = GraphTimer(), []
     for (form, gated), group in itertools.groupby(tasks, key=lambda task: task[:2]):
         launch, size = launcher(form, gated, 128, given.rows, given.bm)
         rows = []
@@ -142,7 +125,7 @@ def main() -> int:
             if failed[task]:
                 rows.append({"tile": vars(task[3]), "error": failed[task]})
                 continue
-            ms = timed(launch, task[3])
+            ms = time([partial(launch, task[3])] * LAUNCHES)[0] / 1000
             rows.append({"tile": vars(task[3]), "ms": round(ms, 4), "gb_per_s": round(size / ms / 1e6)})
         rows.sort(key=lambda row: row.get("ms", 1e9))
         found.append({"format": form, "kernel": "gated" if gated else "matmul", "mb": size / 1e6, "tilings": rows})

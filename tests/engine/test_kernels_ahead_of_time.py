@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+# Where tiles were chosen by measuring, what is spilled has been paid for: 88 bytes.
+PAID = {("attention[512,128x64x1,2]", "90")}
 CHIPS = (80, 86, 89, 90, 100, 120, 121)
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +41,5 @@ def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
     eight_bit = {name for name in per_chip[90] if "e4m3" in name or name.startswith("round[")}
     assert len(eight_bit) > 8
     assert all(names == per_chip[90] - (eight_bit if chip < 89 else set()) for chip, names in per_chip.items())
-    # where tiles were chosen by measuring, a spill has been paid for already
-    most = dict.fromkeys(map(str, CHIPS), 64) | {"90": 320}
-    spills = [(name, chip) for name, chip, _, spilled, _ in rows if int(spilled.replace("?", "0")) > most[chip]]
-    assert not spills
+    spills = {(name, chip) for name, chip, _, spilled, _ in rows if int(spilled.replace("?", "0")) > 64}
+    assert spills <= PAID
