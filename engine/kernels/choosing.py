@@ -3,7 +3,9 @@
 The ways are those of `linears`, of `experts`, and of self-conditioning's embedding (`output`, `soft_embedding`). Each
 is timed alone, over the weights of several layers, so that no cache holds them, and the first stays unless another is
 faster by GAIN: what is as good as equal should not differ from start to start. A way that computes something else on
-this chip than the first is never chosen. Knows shapes and functions, no layers.
+this chip than the first is never chosen. Putting rows in order is timed with each, although joins do it for nothing for
+most: whatever is offered for a matrix wants the same of them, so it moves no comparison. Knows shapes and functions, no
+layers.
 
 Invariant: what was chosen depends on shapes only, never on what is in the rows or beside them, and does not change.
 """
@@ -34,6 +36,7 @@ from engine.kernels.linears import (
     product_of,
     ways,
 )
+from engine.kernels.readers import Experts
 from engine.kernels.weights import Weight, plain, shape
 
 GAIN = 0.03
@@ -215,12 +218,12 @@ def _choose_experts(
     told: list[str],
 ) -> None:
     """For every kind of experts, on random choices: about as many rows for each as in a real pass."""
-    groups: dict[Mixture, list[tuple[Weight, Weight]]] = {}
+    groups: dict[Mixture, list[Experts]] = {}
     for layer in layers:
-        pair = layer["expert_gate_up"], layer["expert_down"]
-        groups.setdefault(mixture_of(*pair, rows), []).append(pair)
-    for mixture, pairs in groups.items():
-        count, _, width = shape(pairs[0][0])
+        which = Experts(layer["expert_gate_up"], layer["expert_down"], active)
+        groups.setdefault(mixture_of(which, rows), []).append(which)
+    for mixture, alike in groups.items():
+        count, _, width = shape(alike[0].gate_up)
         x = _rows(plain_like(layers), rows, width)
         chosen = _rows(x, rows, count).float().topk(active, dim=-1).indices
         shares = torch.full((rows, active), 1 / active, device=x.device)
@@ -230,11 +233,11 @@ def _choose_experts(
             x: Tensor = x,
             chosen: Tensor = chosen,
             shares: Tensor = shares,
-            pairs: list[tuple[Weight, Weight]] = pairs,
+            alike: list[Experts] = alike,
         ) -> tuple[float, Tensor]:
-            return time([partial(experts_by, way, x, shares, chosen, *pair) for pair in pairs[:EXPERT_LAYERS]])
+            return time([partial(experts_by, way, x, shares, chosen, which) for which in alike[:EXPERT_LAYERS]])
 
-        offered = expert_ways(*pairs[0], rows * active, chip_of(x.device), eight_bit=eight_bit)
+        offered = expert_ways(alike[0], rows, chip_of(x.device), eight_bit=eight_bit)
         experts[mixture] = fastest(offered, timed, str(mixture), told, last=ExpertWay(offered[0].tile))
 
 

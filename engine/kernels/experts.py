@@ -20,10 +20,10 @@ from torch import Tensor
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import chip_of
 from engine.kernels.grouped import (
+    BLOCK,
     E4M3_CHIPS,
     FORMATS,
     ROW_TILES,
-    Given,
     Rows,
     Stored,
     launch_gated,
@@ -34,10 +34,12 @@ from engine.kernels.grouped import (
     stored,
     tiling,
 )
+from engine.kernels.operands import EIGHT_BIT, Operand, Order, order_for, taken, values_of
+from engine.kernels.readers import Experts
 from engine.kernels.rounding import round_rows
 from engine.kernels.routing import Schedule, schedule
-from engine.kernels.tiles import ordered, rounded, widened
-from engine.kernels.weights import Fp8Weight, Weight, shape
+from engine.kernels.tiles import rounded, widened
+from engine.kernels.weights import Fp8Weight, shape
 
 SUM_COLUMNS = 1024  # 2816 is 2.75 of these: enough programs at 256 rows, 8 loads of 16 bytes in flight a lane
 
@@ -96,66 +98,76 @@ class Mixture:
 ExpertsChosen = Mapping[Mixture, ExpertWay]
 
 
-def mixture_of(gate_up: Weight, down: Weight, rows: int) -> Mixture:
+def mixture_of(which: Experts, rows: int) -> Mixture:
     """What decides how so many rows go through these experts."""
-    return Mixture(stored(gate_up).form, stored(down).form, shape(gate_up), rows_class(rows))
+    return Mixture(stored(which.gate_up).form, stored(which.down).form, shape(which.gate_up), rows_class(rows))
 
 
-def expert_ways(gate_up: Weight, down: Weight, choices: int, chip: int, *, eight_bit: bool) -> list[ExpertWay]:
-    """What may be chosen for so many choices; the first is what is used unasked. A smaller tile decodes weights more
+def expert_ways(which: Experts, rows: int, chip: int, *, eight_bit: bool) -> list[ExpertWay]:
+    """What may be chosen for so many rows; the first is what is used unasked. A smaller tile decodes weights more
     often, a larger one multiplies more rows that are not there."""
-    tile = row_tile(choices, shape(gate_up)[0])
+    tile = _usual(which, rows).tile
     tiles = (tile, *(half for half in ROW_TILES if 2 * half == tile))
-    eight = eight_bit and chip in E4M3_CHIPS and (isinstance(gate_up, Fp8Weight) or isinstance(down, Fp8Weight))
-    if eight:  # decoding does the same and more
+    rounds = any(isinstance(weight, Fp8Weight) for weight in (which.gate_up, which.down))
+    if eight_bit and chip in E4M3_CHIPS and rounds:  # decoding does the same and more
         return [ExpertWay(each, True) for each in tiles]
     return [ExpertWay(each) for each in tiles]
 
 
-def experts(
-    x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Weight, down: Weight, ways: ExpertsChosen | None = None
-) -> Tensor:
+def _usual(which: Experts, rows: int) -> ExpertWay:
+    return ExpertWay(row_tile(rows * which.active, shape(which.gate_up)[0]))
+
+
+def expert_way_of(which: Experts, rows: int, ways: ExpertsChosen | None) -> ExpertWay:
+    """The way chosen for so many rows."""
+    usual = _usual(which, rows)
+    return ways.get(mixture_of(which, rows), usual) if ways else usual
+
+
+def experts(x: Operand, weights: Tensor, chosen: Tensor, which: Experts, ways: ExpertsChosen | None = None) -> Tensor:
     """As `reference.experts`. x [R, M] of the weights' dtype if they are plain, else bfloat16; all contiguous.
 
     Between the two matmuls and before the sum, values are rounded to x's dtype.
     """
-    usual = ExpertWay(row_tile(chosen.numel(), shape(gate_up)[0]))
-    way = usual if not ways else ways.get(mixture_of(gate_up, down, x.shape[0]), usual)
-    return experts_by(way, x, weights, chosen, gate_up, down)
+    return experts_by(expert_way_of(which, chosen.shape[0], ways), x, weights, chosen, which)
 
 
-def experts_by(way: ExpertWay, x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Weight, down: Weight) -> Tensor:
+def experts_by(way: ExpertWay, x: Operand, weights: Tensor, chosen: Tensor, which: Experts) -> Tensor:
     """`experts`, in a given way."""
-    first, second = (stored(each, eight_bit=way.eight_bit) for each in (gate_up, down))
+    first, second = (stored(each, eight_bit=way.eight_bit) for each in (which.gate_up, which.down))
     rows, active = chosen.shape
-    bm = way.tile
+    assert active == which.active, "so many were said to be chosen"
+    values, bm = values_of(x), way.tile
+    dtype = torch.bfloat16 if values.dtype.itemsize == 1 else values.dtype
     tiles = routed(schedule(chosen, first.experts, bm))
-    hidden = x.new_empty(rows * active, second.width)
-    parts = x.new_empty(rows * active, second.out)
-    chip = chip_of(x.device)
-    block = tiling(second.form, bm, second.width, gated=False, chip=chip).BK
-    given = _given(x, first, tiling(first.form, bm, first.width, gated=True, chip=chip).BK)
-    launch_gated(given, first, tiles, hidden, bm, active=active, following=_order(second), block=block)
-    launch_matmul(round_rows(hidden) if second.form == "e4m3" else hidden, second, tiles, parts, bm)
-    out = torch.empty_like(x)
+    hidden = values.new_empty(rows * active, second.width, dtype=dtype)
+    parts = values.new_empty(rows * active, second.out, dtype=dtype)
+    between = _order_of(second, bm, gated=False)
+    following, block = between.of_columns
+    given = taken(x, experts_order(which, way))
+    launch_gated(given, first, tiles, hidden, bm, active=active, following=following, block=block)
+    launch_matmul(round_rows(hidden) if between == EIGHT_BIT else hidden, second, tiles, parts, bm)
+    out = values.new_empty(rows, second.out, dtype=dtype)
     grid = (rows, triton.cdiv(second.out, SUM_COLUMNS))
     sum_kernel[grid](parts, weights, out, second.out, A=active, LANES=SUM_COLUMNS, num_warps=4)
     return out
 
 
-def _order(weight: Stored) -> str:
-    return "plain" if weight.form == "e4m3" else weight.form
+def experts_order(which: Experts, way: ExpertWay) -> Order:
+    """How x must come."""
+    return _order_of(stored(which.gate_up, eight_bit=way.eight_bit), way.tile, gated=True)
 
 
-def _given(x: Tensor, weight: Stored, block: int) -> Given:
-    return round_rows(x) if weight.form == "e4m3" else ordered(x, weight.form, block)
+def _order_of(weight: Stored, bm: int, *, gated: bool) -> Order:
+    chip = chip_of(weight.values.device)
+    return order_for(weight.form, tiling(weight.form, bm, weight.width, gated=gated, chip=chip).BK)
 
 
 def cases() -> list[KernelCase]:
     """At the model's shapes: gate and up [1408, 2816], down [2816, 704]."""
     found = []
     for form in FORMATS:
-        orders = [("plain" if form == "e4m3" else form, 64)]
+        orders = [order_for(form, BLOCK).of_columns]
         found += matmul_cases(form, 2816, ROW_TILES, gated=True, routed=True, followings=orders)
         found += matmul_cases(form, 704, ROW_TILES, gated=False, routed=True)
     signature = {"parts": "*bf16:16", "weights": "*fp32:16", "out": "*bf16:16", "width": "i32:16"}

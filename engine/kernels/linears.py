@@ -46,8 +46,10 @@ from engine.kernels.grouped import (
     stored,
     tiling,
 )
+from engine.kernels.operands import EIGHT_BIT, PLAIN, Operand, Order, order_for, plain_rows, taken, values_of
+from engine.kernels.readers import Mlp
 from engine.kernels.rounding import round_rows
-from engine.kernels.tiles import column_of, gelu_tanh, ordered, rounded, widened
+from engine.kernels.tiles import column_of, gelu_tanh, rounded, widened
 from engine.kernels.unpacking import unpack
 from engine.kernels.weights import Weight, shape
 
@@ -108,47 +110,52 @@ def product_of(weight: Weight, rows: int, *, gated: bool) -> Product:
     return Product(stored(weight).form, out, width, gated, rows_class(rows))
 
 
-def linear(x: Tensor, weight: Weight, chosen: Chosen | None = None) -> Tensor:
+def linear(x: Operand, weight: Weight, chosen: Chosen | None = None) -> Tensor:
     """As `reference.linear`. x [R, in] contiguous, bfloat16 if the weight is quantised."""
     if isinstance(weight, Tensor):
-        return F.linear(x, weight)
-    way = _way(chosen, product_of(weight, x.shape[0], gated=False))
+        return F.linear(plain_rows(x), weight)
+    way = way_of(weight, values_of(x).shape[0], chosen)
     return multiply(prepare(x, weight, way), weight, way)
 
 
-def gated_mlp(x: Tensor, gate_up: Weight, down: Weight, chosen: Chosen | None = None) -> Tensor:
+def gated_mlp(x: Operand, mlp: Mlp, chosen: Chosen | None = None) -> Tensor:
     """As `reference.gated_mlp`. x [R, M] contiguous, bfloat16 if a weight is quantised."""
-    rows = x.shape[0]
-    second = TILES if isinstance(down, Tensor) else _way(chosen, product_of(down, rows, gated=False))
+    gate_up, down = mlp.gate_up, mlp.down
+    rows = values_of(x).shape[0]
+    first, second = way_of(gate_up, rows, chosen, gated=True), way_of(down, rows, chosen)
     order = order_of(down, rows, second)
     if isinstance(gate_up, Tensor):
-        hidden = _join(F.linear(x, gate_up), x, order=order)
+        hidden = _join(F.linear(plain_rows(x), gate_up), plain_rows(x), order=order.of_columns)
     else:
-        first = _way(chosen, product_of(gate_up, rows, gated=True))
-        hidden = multiply_gated(prepare(x, gate_up, first, gated=True), gate_up, first, order)
+        hidden = multiply_gated(prepare(x, gate_up, first, gated=True), gate_up, first, order.of_columns)
     if isinstance(down, Tensor):
         return F.linear(hidden, down)
-    return multiply(round_rows(hidden) if second.eight_bit else hidden, down, second)
+    return multiply(round_rows(hidden) if order == EIGHT_BIT else hidden, down, second)
 
 
-def _way(chosen: Chosen | None, product: Product) -> Way:
-    return TILES if chosen is None else chosen.get(product, TILES)
+def way_of(weight: Weight, rows: int, chosen: Chosen | None, *, gated: bool = False) -> Way:
+    """The way chosen for so many rows; one that says nothing if the weight is plain."""
+    if isinstance(weight, Tensor) or chosen is None:
+        return TILES
+    return chosen.get(product_of(weight, rows, gated=gated), TILES)
 
 
-def order_of(weight: Weight, rows: int, way: Way, *, gated: bool = False) -> tuple[str, int]:
-    """The format and the size of block in whose order x must come; if it is to be rounded, before that."""
-    if isinstance(weight, Tensor) or way.eight_bit:
-        return "plain", BLOCK
+def order_of(weight: Weight, rows: int, way: Way, *, gated: bool = False) -> Order:
+    """How x must come."""
+    if isinstance(weight, Tensor):
+        return PLAIN
+    if way.eight_bit:
+        return EIGHT_BIT
     matrix = stored(weight)
     if way.name == "unpacked":
-        return matrix.form, BLOCK
-    chip = chip_of(matrix.values.device)
-    return matrix.form, tiling(matrix.form, _row_tile(rows), matrix.width, gated=gated and way.parts == 1, chip=chip).BK
+        return order_for(matrix.form, BLOCK)
+    chip, gated = chip_of(matrix.values.device), gated and way.parts == 1
+    return order_for(matrix.form, tiling(matrix.form, _row_tile(rows), matrix.width, gated=gated, chip=chip).BK)
 
 
-def prepare(x: Tensor, weight: Weight, way: Way, *, gated: bool = False) -> Given:
+def prepare(x: Operand, weight: Weight, way: Way, *, gated: bool = False) -> Given:
     """x [R, K] as `multiply`, or `multiply_gated`, takes it."""
-    return round_rows(x) if way.eight_bit else ordered(x, *order_of(weight, x.shape[0], way, gated=gated))
+    return taken(x, order_of(weight, values_of(x).shape[0], way, gated=gated))
 
 
 def multiply(x: Given, weight: Weight, way: Way) -> Tensor:
@@ -163,7 +170,7 @@ def multiply(x: Given, weight: Weight, way: Way) -> Tensor:
     return out
 
 
-def multiply_gated(x: Given, weight: Weight, way: Way, order: tuple[str, int]) -> Tensor:
+def multiply_gated(x: Given, weight: Weight, way: Way, order: Order) -> Tensor:
     """x `prepare`d; the result of the gate [R, out / 2] has its columns in `order`."""
     if way.name in ("unpacked", "library"):
         both = _by_library(x, weight, way)
@@ -179,7 +186,7 @@ def multiply_gated(x: Given, weight: Weight, way: Way, order: tuple[str, int]) -
 
 def _in_tiles(x: Given, weight: Weight, way: Way) -> tuple[Stored, Tensor, int]:
     """The matrix, x's values and the rows of a tile."""
-    values = x if isinstance(x, Tensor) else x.values
+    values = values_of(x)
     return stored(weight, eight_bit=way.eight_bit), values, _row_tile(values.shape[0])
 
 
@@ -234,11 +241,11 @@ def join_kernel(
     tl.store(out + row * width + columns, rounded(total, out.dtype.element_ty), mask=live)
 
 
-def _join(parts: Tensor, like: Tensor, *, order: tuple[str, int] | None) -> Tensor:
+def _join(parts: Tensor, like: Tensor, *, order: Order | None) -> Tensor:
     """parts [R, N] or [parts, R, N]; with an `order`, of gate and up. The result has `like`'s dtype; bfloat16 if that
     is 8 bit."""
     gated = order is not None
-    following, block = order or ("plain", BLOCK)
+    following, block = order or PLAIN
     count = parts.shape[0] if parts.dim() == 3 else 1
     rows, width = parts.shape[-2], parts.shape[-1] // (2 if gated else 1)
     out = parts.new_empty(rows, width, dtype=torch.bfloat16 if like.dtype.itemsize == 1 else like.dtype)
@@ -254,13 +261,13 @@ def cases() -> list[KernelCase]:
     found = []
     for form in FORMATS[1:]:
         # what follows may be decoded, or not: only fp8 may be either
-        orders = [("fp8", BLOCK), ("plain", BLOCK)] if form in ("fp8", "e4m3") else [(form, BLOCK)]
+        orders = [order_for("fp8", BLOCK), PLAIN] if form in ("fp8", "e4m3") else [order_for(form, BLOCK)]
         found += [
             *matmul_cases(form, 2816, ROW_TILES, gated=True, routed=False, followings=orders),
             *matmul_cases(form, 2816, ROW_TILES, gated=False, routed=False),
             *matmul_cases(form, 2816, ROW_TILES[:1], gated=False, routed=False, split=True),
         ]
-    for kind, following in product(("bf16", "fp32"), ("plain", "fp8", "nvfp4", "int4")):
+    for kind, following in product(("bf16", "fp32"), ("plain", "fp8", "nvfp4")):
         found.append(_join_case(kind, following, gated=True))
     return [*found, _join_case("fp32", "plain", gated=False)]
 

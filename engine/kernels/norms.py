@@ -1,12 +1,17 @@
 """The small operations around the matmuls: norms, RoPE with the writing of keys and values, and a layer's two joins.
 
 Each reads its rows once and keeps them in registers between the steps that the reference does one by one; everything is
-computed in float32 and rounded where it is stored. Knows rows and pages, no layers.
+computed in float32 and rounded where it is stored. A join writes rows in the order in which their reader takes them: a
+kernel of its own for that takes 2 to 4 us, as long as a join itself. Knows rows and pages, no layers.
 
-Invariant: one program a row (or a row and its heads), so a row's result does not depend on its neighbours.
+Invariant: one program a row (or a row and its heads), so a row's result does not depend on its neighbours. What is
+written in an order is, to the bit, what `operands.taken` would make of the same rows.
 """
 
 from __future__ import annotations
+
+from itertools import product
+from typing import Any
 
 import torch
 import triton
@@ -14,9 +19,17 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
-from engine.kernels.tiles import rounded, widened
+from engine.kernels.chips import SHARED_LIMIT
+from engine.kernels.grouped import BLOCK, E4M3_CHIPS, EightBit
+from engine.kernels.operands import EIGHT_BIT, PLAIN, Operand, Order, Orders, order_for, unwritten, values_of
+from engine.kernels.readers import Entrance
+from engine.kernels.rounding import in_eight_bit
+from engine.kernels.tiles import column_of, rounded, widened
 
 WARPS = 8  # of a row of 2816: twelve numbers a thread
+# Those in which rows of the model's width may be taken, whatever is chosen.
+ORDERS = (PLAIN, EIGHT_BIT, *(order_for(form, block) for form in ("fp8", "nvfp4") for block in (BLOCK, 2 * BLOCK)))
+ROW, VECTOR = "*bf16:16", "*fp32:16"
 
 
 @triton.jit
@@ -133,12 +146,32 @@ def qkv_norm_rope_write(
 
 
 @triton.jit
+def _hand_over(found, target, scale, row, width, columns, live, FORM: tl.constexpr, BLOCK: tl.constexpr):
+    """Store a row, zero beyond its width and rounded to its dtype, in an order."""
+    if FORM == "e4m3":
+        values, factor = in_eight_bit(widened(found))
+        # Told of no more than 8, Triton gives a thread 8 values of the whole kernel, as without rounding; with the 16
+        # that a store of 16 bytes would like, it would add the sums of squares up in another order.
+        tl.store(tl.multiple_of(target + row * width + columns, 8), values, mask=live)
+        tl.store(scale + row, factor)
+    else:
+        tl.store(target + row * width + column_of(columns, FORM, BLOCK), found, mask=live)
+
+
+def _pointers(x: Operand) -> tuple[Tensor, Tensor]:
+    """Where the values go, and the scales, if there are any."""
+    return values_of(x), x.scale if isinstance(x, EightBit) else values_of(x)
+
+
+@triton.jit
 def join_attention_kernel(
-    x, projected, post_weight, mlp_weight, experts_weight, router_weight, h, mlp, experts, router, width, eps,
+    x, projected, post_weight, mlp_weight, experts_weight, router_weight, h, mlp, mlp_scale, experts, experts_scale,
+    router, width, eps, MLP: tl.constexpr, MLP_BK: tl.constexpr, EXPERTS: tl.constexpr, EXPERTS_BK: tl.constexpr,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """One program a row: `reference.join_attention`. Everything is asked for before the first sum waits for its row."""
-    offset = tl.program_id(0).to(tl.int64) * width
+    row = tl.program_id(0).to(tl.int64)
+    offset = row * width
     columns = tl.arange(0, LANES)
     live = columns < width
     added, residual = _row(projected, offset, columns, live), _row(x, offset, columns, live)
@@ -148,8 +181,8 @@ def join_attention_kernel(
     joined = _as(residual + added, x)
     tl.store(h + offset + columns, joined, mask=live)
     normed = _normed(widened(joined), width, eps)
-    tl.store(mlp + offset + columns, _as(normed * first, x), mask=live)
-    tl.store(experts + offset + columns, _as(normed * second, x), mask=live)
+    _hand_over(_as(normed * first, x), mlp, mlp_scale, row, width, columns, live, MLP, MLP_BK)
+    _hand_over(_as(normed * second, x), experts, experts_scale, row, width, columns, live, EXPERTS, EXPERTS_BK)
     tl.store(router + offset + columns, _as(normed * third, x), mask=live)
 
 
@@ -157,25 +190,31 @@ def join_attention(
     x: Tensor,
     projected: Tensor,
     post_weight: Tensor,
-    mlp_weight: Tensor,
-    experts_weight: Tensor,
+    mlp: Entrance,
+    experts: Entrance,
     router_weight: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *,
+    orders: Orders,
+) -> tuple[Tensor, Operand, Operand, Tensor]:
     """As `reference.join_attention`; all contiguous."""
     rows, width = x.shape
-    h, mlp, experts, router = x.new_empty(4, rows, width).unbind()
+    h, router = x.new_empty(2, rows, width).unbind()
+    mlp_order, experts_order = orders(mlp.reader, rows), orders(experts.reader, rows)
+    mlp_rows, experts_rows = unwritten(x, mlp_order), unwritten(x, experts_order)
     join_attention_kernel[(rows,)](
-        x, projected, post_weight, mlp_weight, experts_weight, router_weight, h, mlp, experts, router, width, eps,
-        LANES=triton.next_power_of_2(width), num_warps=WARPS,
+        x, projected, post_weight, mlp.norm, experts.norm, router_weight, h, *_pointers(mlp_rows),
+        *_pointers(experts_rows), router, width, eps, MLP=mlp_order.form, MLP_BK=mlp_order.block,
+        EXPERTS=experts_order.form, EXPERTS_BK=experts_order.block, LANES=triton.next_power_of_2(width),
+        num_warps=WARPS,
     )  # fmt: skip
-    return h, mlp, experts, router
+    return h, mlp_rows, experts_rows, router
 
 
 @triton.jit
 def join_layer_kernel(
-    h, mlp, routed, mlp_weight, experts_weight, post_weight, scalars, modes, next_weight, x, normed, width, eps,
-    LANES: tl.constexpr,
+    h, mlp, routed, mlp_weight, experts_weight, post_weight, scalars, modes, next_weight, x, normed, normed_scale,
+    width, eps, NEXT: tl.constexpr, NEXT_BK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program a row: `reference.join_layer`. Everything is asked for before the first sum waits for its row."""
     row = tl.program_id(0).to(tl.int64)
@@ -195,7 +234,8 @@ def join_layer_kernel(
     joined = widened(_as(residual + widened(_as(added, h)), h))
     joined = _as(joined * scalar, h)
     tl.store(x + offset + columns, joined, mask=live)
-    tl.store(normed + offset + columns, _as(_normed(widened(joined), width, eps) * following, h), mask=live)
+    found = _as(_normed(widened(joined), width, eps) * following, h)
+    _hand_over(found, normed, normed_scale, row, width, columns, live, NEXT, NEXT_BK)
 
 
 def join_layer(
@@ -207,65 +247,86 @@ def join_layer(
     post_weight: Tensor,
     scalars: Tensor,
     modes: Tensor,
-    next_weight: Tensor,
+    following: Entrance,
     eps: float,
-) -> tuple[Tensor, Tensor]:
+    *,
+    orders: Orders,
+) -> tuple[Tensor, Operand]:
     """As `reference.join_layer`; all contiguous."""
     rows, width = h.shape
-    x, normed = h.new_empty(2, rows, width).unbind()
+    order = orders(following.reader, rows)
+    x, normed = torch.empty_like(h), unwritten(h, order)
     join_layer_kernel[(rows,)](
-        h, mlp, routed, mlp_weight, experts_weight, post_weight, scalars, modes, next_weight, x, normed, width, eps,
-        LANES=triton.next_power_of_2(width), num_warps=WARPS,
+        h, mlp, routed, mlp_weight, experts_weight, post_weight, scalars, modes, following.norm, x, *_pointers(normed),
+        width, eps, NEXT=order.form, NEXT_BK=order.block, LANES=triton.next_power_of_2(width), num_warps=WARPS,
     )  # fmt: skip
     return x, normed
 
 
 def cases() -> list[KernelCase]:
     """At the model's shapes: rows of 2816; 16 heads, 8 key heads of 256 and 2 of 512."""
-    row, vector = "*bf16:16", "*fp32:16"
-    common = {"constants": {"LANES": 4096}, "num_warps": WARPS, "num_stages": 3}
     found = [
         KernelCase(
             name=f"rms_norm[{'weighted' if weighted else 'plain'}]",
             kernel=rms_norm_kernel,
-            signature={"x": row, "weight": vector if weighted else row, "out": row, "width": "i32:16", "eps": "fp32"},
+            signature={"x": ROW, "weight": VECTOR if weighted else ROW, "out": ROW, "width": "i32:16", "eps": "fp32"},
             constants={"WEIGHTED": weighted, "LANES": 4096},
             num_warps=WARPS,
             num_stages=3,
         )
         for weighted in (True, False)
     ]
-    found.append(
-        KernelCase(
-            name="join_attention",
-            kernel=join_attention_kernel,
-            signature={"x": row, "projected": row}
-            | dict.fromkeys(("post_weight", "mlp_weight", "experts_weight", "router_weight"), vector)
-            | dict.fromkeys(("h", "mlp", "experts", "router"), row)
-            | {"width": "i32:16", "eps": "fp32"},
-            **common,  # type: ignore[arg-type]
-        )
-    )
-    found.append(
-        KernelCase(
-            name="join_layer",
-            kernel=join_layer_kernel,
-            signature=dict.fromkeys(("h", "mlp", "routed", "x", "normed"), row)
-            | dict.fromkeys(("mlp_weight", "experts_weight", "post_weight", "scalars", "next_weight"), vector)
-            | {"modes": "*i32:16", "width": "i32:16", "eps": "fp32"},
-            **common,  # type: ignore[arg-type]
-        )
-    )
+    found += [_attention_case(*orders) for orders in product(ORDERS, repeat=2)]
+    found += [_layer_case(order) for order in ORDERS]
     for head_dim, kv_heads, count in ((256, 8, 32), (512, 2, 18)):
         found.append(
             KernelCase(
                 name=f"qkv[{head_dim}]",
                 kernel=qkv_kernel,
-                signature=dict.fromkeys(("heads", "cos", "sin", "queries", "keys", "values"), row)
-                | {"qk_weight": vector, "where": "*i32:16", "eps": "fp32"},
+                signature=dict.fromkeys(("heads", "cos", "sin", "queries", "keys", "values"), ROW)
+                | {"qk_weight": VECTOR, "where": "*i32:16", "eps": "fp32"},
                 constants={"Q": 16, "KV": kv_heads, "N": count, "D": head_dim},
                 num_warps=4,
                 num_stages=3,
             )
         )
     return found
+
+
+def _handed_over(name: str, order: Order) -> dict[str, str]:
+    """The types of rows in an order, and of their scales."""
+    if order == EIGHT_BIT:
+        return {name: "*fp8e4nv:16", f"{name}_scale": VECTOR}
+    return {name: ROW, f"{name}_scale": ROW}
+
+
+def _join_case(name: str, kernel: Any, signature: dict[str, str], **orders: Order) -> KernelCase:
+    constants: dict[str, Any] = {"LANES": 4096}
+    for reader, order in orders.items():
+        constants |= {reader: order.form, f"{reader}_BK": order.block}
+    told = " and ".join(
+        order.form if order in (PLAIN, EIGHT_BIT) else " ".join(map(str, order)) for order in orders.values()
+    )
+    return KernelCase(
+        name=f"{name}[{told}]",
+        kernel=kernel,
+        signature=signature | {"width": "i32:16", "eps": "fp32"},
+        constants=constants,
+        num_warps=WARPS,
+        num_stages=3,
+        chips=E4M3_CHIPS if EIGHT_BIT in orders.values() else tuple(SHARED_LIMIT),
+    )
+
+
+def _attention_case(mlp: Order, experts: Order) -> KernelCase:
+    weights = ("post_weight", "mlp_weight", "experts_weight", "router_weight")
+    signature = dict.fromkeys(("x", "projected", "h", "router"), ROW) | dict.fromkeys(weights, VECTOR)
+    signature |= _handed_over("mlp", mlp) | _handed_over("experts", experts)
+    return _join_case("join_attention", join_attention_kernel, signature, MLP=mlp, EXPERTS=experts)
+
+
+def _layer_case(following: Order) -> KernelCase:
+    weights = ("mlp_weight", "experts_weight", "post_weight", "scalars", "next_weight")
+    signature = dict.fromkeys(("h", "mlp", "routed", "x"), ROW) | dict.fromkeys(weights, VECTOR)
+    signature |= {"modes": "*i32:16"} | _handed_over("normed", following)
+    return _join_case("join_layer", join_layer_kernel, signature, NEXT=following)

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.kernels.readers import Entrance, Experts, Mlp
 from engine.kernels.reference_output import Draw, Reading, read_logits, soft_embedding
 from engine.kernels.views import AttentionView, Segment
 from engine.kernels.weights import Weight, dense, expert, shape
@@ -162,18 +164,18 @@ def join_attention(
     x: Tensor,
     projected: Tensor,
     post_weight: Tensor,
-    mlp_weight: Tensor,
-    experts_weight: Tensor,
+    mlp: Entrance,
+    experts: Entrance,
     router_weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """h = x + norm(projected) * post_weight, and norm(h) times each of the next three weights.
+    """h = x + norm(projected) * post_weight, and norm(h) times the weight of each of the next three.
 
     x, projected [R, M]; weights float32 [M]. Returns h and the inputs of the dense MLP, the experts and the router
-    (which thus reads the residual, not what the experts read), all [R, M].
+    (which thus reads the residual, not what the experts read), all [R, M]; those that have a reader as it takes them.
     """
     h = x + rms_norm(projected, post_weight, eps)
-    return h, rms_norm(h, mlp_weight, eps), rms_norm(h, experts_weight, eps), rms_norm(h, router_weight, eps)
+    return h, rms_norm(h, mlp.norm, eps), rms_norm(h, experts.norm, eps), rms_norm(h, router_weight, eps)
 
 
 def join_layer(
@@ -185,23 +187,23 @@ def join_layer(
     post_weight: Tensor,
     scalars: Tensor,
     modes: Tensor,
-    next_weight: Tensor,
+    following: Entrance,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """The layer's output x = (h + norm(norm(mlp) + norm(routed))) * scalar, and what the next layer reads, norm(x).
 
-    h, mlp, routed [R, M]; weights float32 [M], of the norms of mlp, of routed, of their sum and of x;
-    a row's scalar is scalars[mode], float32 [2] and int32 [R]. Returns both [R, M].
+    h, mlp, routed [R, M]; weights float32 [M], of the norms of mlp, of routed and of their sum; x is normed for
+    `following`; a row's scalar is scalars[mode], float32 [2] and int32 [R]. Returns both [R, M].
     """
     y = rms_norm(mlp, mlp_weight, eps) + rms_norm(routed, experts_weight, eps)
     # rounded first, as transformers multiplies by a scalar of the weights' dtype
     x = (h + rms_norm(y, post_weight, eps)) * scalars.to(h.dtype)[modes, None]
-    return x, rms_norm(x, next_weight, eps)
+    return x, rms_norm(x, following.norm, eps)
 
 
-def gated_mlp(x: Tensor, gate_up: Weight, down: Weight) -> Tensor:
-    """down(gelu_tanh(gate(x)) * up(x)). x [R, M]; gate_up [2I, M], gate rows first; down [M, I]; returns [R, M]."""
-    return linear(_gate(linear(x, gate_up)), down)
+def gated_mlp(x: Tensor, mlp: Mlp) -> Tensor:
+    """down(gelu_tanh(gate(x)) * up(x)). x [R, M]; returns [R, M]."""
+    return linear(_gate(linear(x, mlp.gate_up)), mlp.down)
 
 
 def route(x: Tensor, projection: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -214,9 +216,9 @@ def route(x: Tensor, projection: Tensor, expert_scale: Tensor, top_k: int) -> tu
     return best / best.sum(dim=-1, keepdim=True) * expert_scale[experts], experts
 
 
-def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Weight, down: Weight) -> Tensor:
+def experts(x: Tensor, weights: Tensor, chosen: Tensor, which: Experts) -> Tensor:
     """Weighted sum of the chosen experts' gated MLPs. x [R, M]; weights, chosen [R, A] as `route` returns them;
-    gate_up [E, 2F, M], gate rows first; down [E, M, F]; returns [R, M].
+    returns [R, M].
 
     Rows are sorted by expert, so each expert that is chosen is one pair of matmuls and the others cost nothing;
     a quantised expert is made dense just for these.
@@ -227,16 +229,16 @@ def experts(x: Tensor, weights: Tensor, chosen: Tensor, gate_up: Weight, down: W
     gathered = x.new_empty(rows * active + ROWS, x.shape[1])
     gathered[rows * active :] = 0
     torch.index_select(x, 0, order // active, out=gathered[: rows * active])
-    sizes = torch.bincount(flat, minlength=shape(gate_up)[0]).tolist()
-    hidden = x.new_empty(gathered.shape[0], shape(gate_up)[1])
+    sizes = torch.bincount(flat, minlength=shape(which.gate_up)[0]).tolist()
+    hidden = x.new_empty(gathered.shape[0], shape(which.gate_up)[1])
     # A span is made longer to a multiple of ROWS; what it computes for the next one's rows is overwritten by that one.
     spans = [(index, end - size, end - size + _round_up(size)) for index, size, end in _running(sizes) if size]
     for index, start, end in spans:
-        _multiply(gathered[start:end], dense(expert(gate_up, index), x.dtype), hidden[start:end])
+        _multiply(gathered[start:end], dense(expert(which.gate_up, index), x.dtype), hidden[start:end])
     hidden = _gate(hidden)
     result = torch.empty_like(gathered)
     for index, start, end in spans:
-        _multiply(hidden[start:end], dense(expert(down, index), x.dtype), result[start:end])
+        _multiply(hidden[start:end], dense(expert(which.down, index), x.dtype), result[start:end])
     result = result[: rows * active]
     unsorted = torch.empty_like(result).index_copy_(0, order, result).view(rows, active, -1)
     return (unsorted * weights[..., None]).sum(dim=1).to(x.dtype)
@@ -283,6 +285,11 @@ def in_turn(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> tuple[
     return first(), second()
 
 
+# Rows as a product takes them. An op set's joins make them and its products take them, as they take tensors; to
+# everybody else they are opaque. The reference's are tensors.
+Operand = Any
+
+
 @dataclass(frozen=True, kw_only=True)
 class Ops:
     """One implementation of every op; the functions of this file say what each must compute.
@@ -297,18 +304,18 @@ class Ops:
     overlap: Callable[[Callable[[], Tensor], Callable[[], Tensor]], tuple[Tensor, Tensor]]
 
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
-    linear: Callable[[Tensor, Weight], Tensor]
+    linear: Callable[[Operand, Weight], Tensor]
     qkv_norm_rope_write: Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor, Tensor, Tensor], Tensor]
     attention: Callable[[Tensor, Tensor, Tensor, AttentionView], Tensor]
     join_attention: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor, Tensor, Tensor]
+        [Tensor, Tensor, Tensor, Entrance, Entrance, Tensor, float], tuple[Tensor, Operand, Operand, Tensor]
     ]
     join_layer: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Entrance, float], tuple[Tensor, Operand]
     ]
-    gated_mlp: Callable[[Tensor, Weight, Weight], Tensor]
+    gated_mlp: Callable[[Operand, Mlp], Tensor]
     route: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
-    experts: Callable[[Tensor, Tensor, Tensor, Weight, Weight], Tensor]
+    experts: Callable[[Operand, Tensor, Tensor, Experts], Tensor]
     read_logits: Callable[[Tensor, float, Draw], Reading]
     soft_embedding: Callable[[Tensor, Tensor, float], Tensor]
 

@@ -23,14 +23,21 @@ WARPS = 4
 
 
 @triton.jit
+def in_eight_bit(x):
+    """float32 row x, zero beyond its width: in e4m3, whose largest is then LARGEST, and what that is to be multiplied
+    by."""
+    factor = tl.maximum(tl.max(tl.abs(x), 0), SMALLEST) / LARGEST
+    return to_e4m3(x / factor), factor
+
+
+@triton.jit
 def round_kernel(x, values, scale, width, LANES: tl.constexpr):
-    """values[row] = x[row] / scale[row] in e4m3, whose largest is then LARGEST."""
+    """values[row] = x[row] / scale[row] in e4m3."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, LANES)
     live = lanes < width
-    found = widened(tl.load(x + row * width + lanes, mask=live, other=0.0))
-    factor = tl.maximum(tl.max(tl.abs(found), 0), SMALLEST) / LARGEST
-    tl.store(values + row * width + lanes, to_e4m3(found / factor), mask=live)
+    found, factor = in_eight_bit(widened(tl.load(x + row * width + lanes, mask=live, other=0.0)))
+    tl.store(values + row * width + lanes, found, mask=live)
     tl.store(scale + row, factor)
 
 

@@ -6,7 +6,6 @@ Invariant: no op lets the host read anything, and shapes depend on shapes only, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cache, partial
 
 import torch
@@ -14,10 +13,12 @@ from torch import Tensor
 
 from engine.kernels.attention import ROW_ALIGN, attention
 from engine.kernels.choosing import Choices
-from engine.kernels.experts import experts
-from engine.kernels.linears import gated_mlp, linear
+from engine.kernels.experts import expert_way_of, experts, experts_order
+from engine.kernels.linears import gated_mlp, linear, order_of, way_of
 from engine.kernels.norms import join_attention, join_layer, qkv_norm_rope_write, rms_norm
+from engine.kernels.operands import PLAIN, Order
 from engine.kernels.output import read_logits, soft_embedding
+from engine.kernels.readers import Experts, Mlp, Reader
 from engine.kernels.reference import Ops
 from engine.kernels.routing import route
 from engine.kernels.soft_embedding import soft_embedding as sparse_embedding
@@ -50,34 +51,39 @@ def side_by_side(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> t
 def by_choice(choices: Choices) -> Ops:
     """The op set as start-up found it fastest on this chip."""
 
+    def orders(reader: Reader, rows: int) -> Order:
+        match reader:
+            case None:
+                return PLAIN
+            case Mlp():
+                way = way_of(reader.gate_up, rows, choices.linears, gated=True)
+                return order_of(reader.gate_up, rows, way, gated=True)
+            case Experts():
+                return experts_order(reader, expert_way_of(reader, rows, choices.experts))
+            case _:
+                return order_of(reader, rows, way_of(reader, rows, choices.linears))
+
     def embed(probabilities: Tensor, embedding: Tensor, scale: float) -> Tensor:
         # rows of one canvas only: whether ids are looked for is then decided by nothing but that canvas
         one = probabilities.shape[0] == choices.sparse_rows
         return (sparse_embedding if one else soft_embedding)(probabilities, embedding, scale)
 
-    return replace(
-        TRITON,
-        linear=partial(linear, chosen=choices.linears),
-        gated_mlp=partial(gated_mlp, chosen=choices.linears),
-        experts=partial(experts, ways=choices.experts),
-        soft_embedding=embed,
+    return Ops(
+        row_align=ROW_ALIGN,
         chosen=choices.told,
+        overlap=side_by_side,
+        rms_norm=rms_norm,
+        linear=partial(linear, chosen=choices.linears),
+        qkv_norm_rope_write=qkv_norm_rope_write,
+        attention=attention,
+        join_attention=partial(join_attention, orders=orders),
+        join_layer=partial(join_layer, orders=orders),
+        gated_mlp=partial(gated_mlp, chosen=choices.linears),
+        route=route,
+        experts=partial(experts, ways=choices.experts),
+        read_logits=read_logits,
+        soft_embedding=embed,
     )
 
 
-TRITON = Ops(
-    row_align=ROW_ALIGN,
-    chosen=(),
-    overlap=side_by_side,
-    rms_norm=rms_norm,
-    linear=linear,
-    qkv_norm_rope_write=qkv_norm_rope_write,
-    attention=attention,
-    join_attention=join_attention,
-    join_layer=join_layer,
-    gated_mlp=gated_mlp,
-    route=route,
-    experts=experts,
-    read_logits=read_logits,
-    soft_embedding=soft_embedding,
-)
+TRITON = by_choice(Choices())

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.config import LayerConfig, ModelConfig
+from engine.kernels.readers import Entrance, Mlp
 from engine.kernels.reference import Ops
 from engine.kernels.reference_output import Draw, Reading
 from engine.kernels.weights import Weight, plain
@@ -50,14 +51,13 @@ class DiffusionGemma:
         self._logits: Tensor | None = None
         # rounded to the weights' dtype first, as transformers does
         self._embedding_scale = torch.tensor(config.hidden_size**0.5).to(self.dtype).item()
-        self._norm = plain(weights["norm"]).float()
         self._soft_norm = plain(weights["self_conditioning.pre_norm"]).float()
-        self._soft_gate_up, self._soft_down = weights["self_conditioning.gate_up"], weights["self_conditioning.down"]
+        self._soft_mlp = Mlp(weights["self_conditioning.gate_up"], weights["self_conditioning.down"])
         self._layers = [
             Layer(config, layer, _under(weights, f"layers.{index}."), ops) for index, layer in enumerate(config.layers)
         ]
-        # the weight of the norm that follows each layer
-        self._next_norms = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
+        # what follows each layer; behind the last, the head takes rows as they are
+        self._following = [layer.entrance for layer in self._layers[1:]] + [Entrance(plain(weights["norm"]).float())]
         self.vision = VisionTower(config.vision, weights) if config.vision else None
         self._ropes = {key: Rope(*key, self.device, self.dtype) for key in map(_rope_key, config.layers)}
 
@@ -148,7 +148,7 @@ class DiffusionGemma:
     def _stack(self, x: Tensor, plan: PassPlan) -> Tensor:
         """All layers over the rows x [R, M]; the final norm of the canvases' rows [S * C, M]."""
         rope = {key: table.rows(plan.positions) for key, table in self._ropes.items()}
-        normed = self._ops.rms_norm(x, self._layers[0].input_norm, self.config.rms_norm_eps)
+        normed = self._ops.rms_norm(x, self._layers[0].entrance.norm, self.config.rms_norm_eps)
         only_commits = not plan.layout.canvases
         for index, layer in enumerate(self._layers):
             cached = self.pool.keys[index], self.pool.values[index]
@@ -158,7 +158,7 @@ class DiffusionGemma:
                 layer.write(normed, turns, cached, view)  # what follows the last keys and values is read by nobody
                 break
             attended = layer.attend(normed, turns, cached, view)
-            x, normed = layer.finish(x, attended, plan.modes, self._next_norms[index])
+            x, normed = layer.finish(x, attended, plan.modes, self._following[index])
         return normed[plan.layout.commit_rows :]
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ class DiffusionGemma:
         ops, eps = self._ops, self.config.rms_norm_eps
         if soft is not None:
             normed = ops.rms_norm(soft.flatten(0, 1), self._soft_norm, eps)
-            x = x + ops.gated_mlp(normed, self._soft_gate_up, self._soft_down).view_as(x)
+            x = x + ops.gated_mlp(normed, self._soft_mlp).view_as(x)
         return ops.rms_norm(x, None, eps)
 
     def _filled(self, x: Tensor) -> Tensor:

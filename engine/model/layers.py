@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.config import LayerConfig, ModelConfig
-from engine.kernels.reference import Ops
+from engine.kernels.readers import Entrance, Experts, Mlp
+from engine.kernels.reference import Operand, Ops
 from engine.kernels.views import AttentionView
 from engine.kernels.weights import Weight, plain
 
@@ -29,18 +30,17 @@ class Layer:
             [plain(weights[f"{mode}_scalar"]) for mode in ("commit", "denoise")]
         ).float()  # by a row's mode
         self._eps = config.rms_norm_eps
-        self._top_k = config.top_k_experts
         self._ops = ops
         self._qkv, self._out = weights["qkv"], weights["out"]
-        self._gate_up, self._down = weights["gate_up"], weights["down"]
+        self._mlp = Mlp(weights["gate_up"], weights["down"])
         self._router = plain(weights["router"])
-        self._expert_gate_up, self._expert_down = weights["expert_gate_up"], weights["expert_down"]
+        self._experts = Experts(weights["expert_gate_up"], weights["expert_down"], config.top_k_experts)
         # small and always used in float32: converted once
-        self.input_norm = plain(weights["input_norm"]).float()
+        self.entrance = Entrance(plain(weights["input_norm"]).float(), self._qkv)
         self._post_attention_norm = plain(weights["post_attention_norm"]).float()
-        self._pre_mlp_norm = plain(weights["pre_mlp_norm"]).float()
+        self._mlp_entrance = Entrance(plain(weights["pre_mlp_norm"]).float(), self._mlp)
         self._post_mlp_norm = plain(weights["post_mlp_norm"]).float()
-        self._pre_experts_norm = plain(weights["pre_experts_norm"]).float()
+        self._experts_entrance = Entrance(plain(weights["pre_experts_norm"]).float(), self._experts)
         self._post_experts_norm = plain(weights["post_experts_norm"]).float()
         self._post_ffn_norm = plain(weights["post_ffn_norm"]).float()
         self._router_norm = plain(weights["router_scale"]).float() * config.hidden_size**-0.5
@@ -53,43 +53,46 @@ class Layer:
         )
 
     def attend(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], view: AttentionView
+        self, x: Operand, rope: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], view: AttentionView
     ) -> Tensor:
-        """Write the rows' keys and values and attend: x [R, M], already normed, to [R, H * D].
+        """Write the rows' keys and values and attend: x [R, M], normed for `entrance`, to [R, H * D].
 
         `rope`: cos, sin [R, D]; `cached`: the layer's keys and values [pages, PAGE, K, D].
         """
         queries = self._write(x, rope, cached, view)
         return self._ops.attention(queries, *cached, view)
 
-    def write(self, x: Tensor, rope: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], view: AttentionView) -> None:
+    def write(
+        self, x: Operand, rope: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], view: AttentionView
+    ) -> None:
         """Only write the rows' keys and values."""
         self._write(x, rope, cached, view)
 
     def _write(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], view: AttentionView
+        self, x: Operand, rope: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], view: AttentionView
     ) -> Tensor:
-        heads = self._ops.linear(x, self._qkv).view(x.shape[0], -1, self.config.head_dim)
+        heads = self._ops.linear(x, self._qkv).unflatten(1, (-1, self.config.head_dim))
         return self._ops.qkv_norm_rope_write(heads, self._qk_norm, *rope, self._eps, *cached, view.where)
 
-    def finish(self, x: Tensor, attended: Tensor, modes: Tensor, next_weight: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's output [R, M] and its norm times `next_weight`, from its input x and the attention's result."""
+    def finish(self, x: Tensor, attended: Tensor, modes: Tensor, following: Entrance) -> tuple[Tensor, Operand]:
+        """The layer's output [R, M], and the same normed for what follows, from its input x and the attention's
+        result."""
         ops, eps = self._ops, self._eps
         h, mlp_input, experts_input, router_input = ops.join_attention(
             x,
             ops.linear(attended, self._out),
             self._post_attention_norm,
-            self._pre_mlp_norm,
-            self._pre_experts_norm,
+            self._mlp_entrance,
+            self._experts_entrance,
             self._router_norm,
             eps,
         )
 
         def routed_experts() -> Tensor:
-            weights, chosen = ops.route(router_input, self._router, self._expert_scale, self._top_k)
-            return ops.experts(experts_input, weights, chosen, self._expert_gate_up, self._expert_down)
+            weights, chosen = ops.route(router_input, self._router, self._expert_scale, self._experts.active)
+            return ops.experts(experts_input, weights, chosen, self._experts)
 
-        dense, routed = ops.overlap(lambda: ops.gated_mlp(mlp_input, self._gate_up, self._down), routed_experts)
+        dense, routed = ops.overlap(lambda: ops.gated_mlp(mlp_input, self._mlp), routed_experts)
         return ops.join_layer(
             h,
             dense,
@@ -99,7 +102,7 @@ class Layer:
             self._post_ffn_norm,
             self.scalars,
             modes,
-            next_weight,
+            following,
             eps,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -49,3 +50,8 @@ def assert_near(result: Tensor, expected: Tensor, bound: float = BOUND) -> None:
     finite = expected.where(expected.isfinite(), 0)
     assert difference.norm() <= bound * finite.norm()
     assert difference.abs().max() <= 4 * bound * finite.abs().max()
+
+
+def skip_without_eight_bit(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("this chip multiplies no 8-bit floats")

@@ -13,6 +13,7 @@ from engine.kernels.choosing import GAIN, Choices, GraphTimer, Run, choose, fast
 from engine.kernels.experts import ExpertWay
 from engine.kernels.grouped import CLASSES
 from engine.kernels.linears import PARTS, Way
+from engine.kernels.readers import Mlp
 from engine.kernels.triton_ops import TRITON, by_choice
 from engine.kernels.weights import Weight
 from tests.engine.kernel_inputs import assert_near, randn, random_weight
@@ -162,7 +163,8 @@ def test_the_ops_go_the_chosen_way(way: str, device: torch.device, monkeypatch: 
     qkv, gate_up, down = (weights[f"layers.0.{kind}"] for kind in ("qkv", "gate_up", "down"))
     bound = 6e-2 if way == "e4m3" else 1e-2
     assert_near(ops.linear(x, qkv), reference.linear(x, qkv), bound)
-    assert_near(ops.gated_mlp(x, gate_up, down), reference.gated_mlp(x, gate_up, down), bound)
+    mlp = Mlp(gate_up, down)
+    assert_near(ops.gated_mlp(x, mlp), reference.gated_mlp(x, mlp), bound)
     if way == "e4m3":  # it did go another way than the usual
         assert not torch.equal(ops.linear(x, qkv), TRITON.linear(x, qkv))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from engine.kernels import reference
 from engine.kernels.experts import ExpertWay, expert_ways, experts, experts_by, mixture_of
 from engine.kernels.grouped import row_tile, stored
+from engine.kernels.readers import Experts
 from engine.kernels.routing import choose, route, schedule, tile_count
 from engine.kernels.weights import Int4Weight
 from tests.engine.kernel_inputs import FORMATS, assert_near, randn, random_weight
@@ -83,8 +84,9 @@ def run(chosen: Tensor, gate_up_form: str, down_form: str, device: torch.device,
     weights = torch.rand(rows, active, generator=torch.Generator().manual_seed(4)).to(device)
     gate_up = random_weight(gate_up_form, 8, 2 * width, hidden, seed=1, device=device)
     down = random_weight(down_form, 8, hidden, width, seed=2, device=device)
-    expected = reference.experts(x, weights, chosen.to(device), gate_up, down)
-    assert_near(experts(x, weights, chosen.to(device), gate_up, down), expected)
+    which = Experts(gate_up, down, active)
+    expected = reference.experts(x, weights, chosen.to(device), which)
+    assert_near(experts(x, weights, chosen.to(device), which), expected)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -122,11 +124,10 @@ def test_what_is_not_finite_stays_in_its_row(value: float, device: torch.device)
     assert torch.equal(spoiled[others], clean[others])
 
 
-def _rest(chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _rest(chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Experts]:
     gate_up = random_weight("plain", 8, 64, 64, seed=1, device=device)
     down = random_weight("plain", 8, 64, 32, seed=2, device=device)
-    assert isinstance(gate_up, Tensor) and isinstance(down, Tensor)
-    return torch.ones(chosen.shape, device=device), chosen, gate_up, down
+    return torch.ones(chosen.shape, device=device), chosen, Experts(gate_up, down, chosen.shape[1])
 
 
 def test_experts_repeat_exactly(device: torch.device) -> None:
@@ -149,10 +150,11 @@ def test_any_tile_may_be_chosen(form: str, device: torch.device) -> None:
     weights = torch.rand(13, 3, generator=torch.Generator().manual_seed(4)).to(device)
     gate_up = random_weight(form, 8, 128, 128, seed=1, device=device)
     down = random_weight(form, 8, 128, 64, seed=2, device=device)
-    expected = reference.experts(x, weights, chosen, gate_up, down)
+    which = Experts(gate_up, down, 3)
+    expected = reference.experts(x, weights, chosen, which)
     for tile in (32, 64):
-        way = {mixture_of(gate_up, down, 13): ExpertWay(tile)}
-        assert_near(experts(x, weights, chosen, gate_up, down, way), expected)
+        way = {mixture_of(which, 13): ExpertWay(tile)}
+        assert_near(experts(x, weights, chosen, which, way), expected)
 
 
 @pytest.mark.parametrize(("gate_up", "down"), [("fp8", "fp8"), ("fp8", "nvfp4"), ("nvfp4", "fp8"), ("plain", "fp8")])
@@ -166,15 +168,17 @@ def test_experts_of_eight_bit_rows(gate_up: str, down: str, tile: int, device: t
     weights = torch.rand(13, 3, generator=torch.Generator().manual_seed(4)).to(device)
     first = random_weight(gate_up, 8, 2 * 192, 128, seed=1, device=device)
     second = random_weight(down, 8, 128, 192, seed=2, device=device)
-    result = experts_by(ExpertWay(tile, True), x, weights, chosen, first, second)
-    assert_near(result, reference.experts(x, weights, chosen, first, second), 6e-2)
+    which = Experts(first, second, 3)
+    result = experts_by(ExpertWay(tile, True), x, weights, chosen, which)
+    assert_near(result, reference.experts(x, weights, chosen, which), 6e-2)
 
 
 def test_only_what_may_be_chosen_for_experts_is_offered(device: torch.device) -> None:
-    fp8, nvfp4 = (random_weight(form, 8, 64, 64, seed=1, device=device) for form in ("fp8", "nvfp4"))
-    assert expert_ways(fp8, fp8, 8 * 16, 90, eight_bit=False) == [ExpertWay(32)]
-    assert expert_ways(fp8, fp8, 8 * 64, 90, eight_bit=False) == [ExpertWay(128), ExpertWay(64)]
+    weights = (random_weight(form, 8, 64, 64, seed=1, device=device) for form in ("fp8", "nvfp4"))
+    fp8, nvfp4 = (Experts(weight, weight, 8) for weight in weights)
+    assert expert_ways(fp8, 16, 90, eight_bit=False) == [ExpertWay(32)]
+    assert expert_ways(fp8, 64, 90, eight_bit=False) == [ExpertWay(128), ExpertWay(64)]
     eight = [ExpertWay(128, True), ExpertWay(64, True)]
-    assert expert_ways(fp8, fp8, 8 * 64, 90, eight_bit=True) == eight
-    assert not any(way.eight_bit for way in expert_ways(fp8, fp8, 8 * 64, 86, eight_bit=True))
-    assert not any(way.eight_bit for way in expert_ways(nvfp4, nvfp4, 8 * 64, 90, eight_bit=True))
+    assert expert_ways(fp8, 64, 90, eight_bit=True) == eight
+    assert not any(way.eight_bit for way in expert_ways(fp8, 64, 86, eight_bit=True))
+    assert not any(way.eight_bit for way in expert_ways(nvfp4, 64, 90, eight_bit=True))

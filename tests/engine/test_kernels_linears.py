@@ -21,11 +21,13 @@ from engine.kernels.linears import (
     product_of,
     ways,
 )
+from engine.kernels.operands import Order
+from engine.kernels.readers import Mlp
 from engine.kernels.rounding import round_rows
 from engine.kernels.tiles import column_of, ordered
 from engine.kernels.unpacking import unpack
 from engine.kernels.weights import Weight, dense
-from tests.engine.kernel_inputs import FORMATS, assert_near, randn, random_weight
+from tests.engine.kernel_inputs import FORMATS, assert_near, randn, random_weight, skip_without_eight_bit
 
 # numpy, which the interpreter computes with, warns where a GPU does not
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -56,7 +58,8 @@ def test_gated_mlp(form: str, sizes: tuple[int, int], device: torch.device) -> N
     x = randn(19, hidden, device=device)
     gate_up = random_weight(form, 2 * width, hidden, seed=1, device=device)
     down = random_weight(form, hidden, width, seed=2, device=device)
-    assert_near(gated_mlp(x, gate_up, down), reference.gated_mlp(x, gate_up, down))
+    mlp = Mlp(gate_up, down)
+    assert_near(gated_mlp(x, mlp), reference.gated_mlp(x, mlp))
 
 
 @pytest.mark.parametrize(("gate_up", "down"), [("nvfp4", "plain"), ("plain", "fp8"), ("plain", "int4")])
@@ -64,7 +67,8 @@ def test_the_two_weights_may_be_stored_differently(gate_up: str, down: str, devi
     x = randn(5, 64, device=device)
     first = random_weight(gate_up, 128, 64, seed=1, device=device)
     second = random_weight(down, 64, 64, seed=2, device=device)
-    assert_near(gated_mlp(x, first, second), reference.gated_mlp(x, first, second))
+    mlp = Mlp(first, second)
+    assert_near(gated_mlp(x, mlp), reference.gated_mlp(x, mlp))
 
 
 @pytest.mark.parametrize("block", [64, 128])
@@ -97,11 +101,6 @@ def eight_bit(x: torch.Tensor) -> torch.Tensor:
     return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
 
 
-def skip_without_eight_bit(device: torch.device) -> None:
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        pytest.skip("this chip multiplies no 8-bit floats")
-
-
 def choose(way: Way, rows: int, gate_up: Weight | None, down: Weight) -> Chosen:
     chosen = {product_of(down, rows, gated=False): way}
     return chosen if gate_up is None else chosen | {product_of(gate_up, rows, gated=True): way}
@@ -120,9 +119,10 @@ def test_gated_mlp_by_every_way(form: str, way: Way, device: torch.device) -> No
     x = randn(19, 128, device=device)
     gate_up = random_weight(form, 2 * 192, 128, seed=1, device=device)
     down = random_weight(form, 128, 192, seed=2, device=device)
+    mlp = Mlp(gate_up, down)
     for other in (way, Way()):  # of gate and up; down always by `way`, which decides how columns are handed on
         chosen = choose(way, 19, None, down) | {product_of(gate_up, 19, gated=True): other}
-        assert_near(gated_mlp(x, gate_up, down, chosen), reference.gated_mlp(x, gate_up, down))
+        assert_near(gated_mlp(x, mlp, chosen), reference.gated_mlp(x, mlp))
 
 
 @pytest.mark.parametrize("way", EIGHT_BIT, ids=str)
@@ -143,9 +143,10 @@ def test_gated_mlp_of_eight_bit_rows(way: Way, device: torch.device) -> None:
     x = randn(19, 128, device=device)
     gate_up = random_weight("fp8", 2 * 192, 128, seed=1, device=device)
     down = random_weight("fp8", 128, 192, seed=2, device=device)
+    mlp = Mlp(gate_up, down)
     for first in (way, Way()):
         chosen = choose(way, 19, None, down) | {product_of(gate_up, 19, gated=True): first}
-        assert_near(gated_mlp(x, gate_up, down, chosen), reference.gated_mlp(x, gate_up, down), 1.5 * ROUNDING)
+        assert_near(gated_mlp(x, mlp, chosen), reference.gated_mlp(x, mlp), 1.5 * ROUNDING)
 
 
 def test_rows_are_rounded_each_by_its_own_scale(device: torch.device) -> None:
@@ -199,5 +200,5 @@ def test_what_start_up_times_is_what_runs(device: torch.device) -> None:
     gate_up = random_weight("nvfp4", 256, 128, seed=1, device=device)
     down = random_weight("nvfp4", 64, 128, seed=2, device=device)
     way = Way("tiles", 2)
-    hidden = multiply_gated(prepare(x, gate_up, way, gated=True), gate_up, way, ("nvfp4", 64))
-    assert torch.equal(multiply(hidden, down, way), gated_mlp(x, gate_up, down, choose(way, 5, gate_up, down)))
+    hidden = multiply_gated(prepare(x, gate_up, way, gated=True), gate_up, way, Order("nvfp4", 64))
+    assert torch.equal(multiply(hidden, down, way), gated_mlp(x, Mlp(gate_up, down), choose(way, 5, gate_up, down)))

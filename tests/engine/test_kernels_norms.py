@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
+from torch import Tensor
 
 from engine.kernels import norms, reference
+from engine.kernels.chips import SHARED_LIMIT
+from engine.kernels.grouped import FORMATS, ROW_TILES, EightBit, tiling
+from engine.kernels.operands import (
+    EIGHT_BIT,
+    PLAIN,
+    Operand,
+    Order,
+    Ordered,
+    order_for,
+    taken,
+    values_of,
+)
+from engine.kernels.readers import Entrance, Mlp, Reader
 from engine.kernels.views import NOWHERE
 from engine.pages import PAGE
-from tests.engine.kernel_inputs import assert_near, randn
+from tests.engine.kernel_inputs import assert_near, randn, skip_without_eight_bit
 
 # numpy, which the interpreter computes with, warns where a GPU does not
-pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered|All-NaN:RuntimeWarning")
 EPS = 1e-6
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -55,20 +71,108 @@ def test_qkv_norm_rope_write(dtype: torch.dtype, shared: bool, kv: int, device: 
         assert int((mine != 0).any(-1).sum()) == len(kept) * kv
 
 
+def attention_inputs(
+    rows: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Entrance, Entrance, Tensor, float]:
+    """Of `join_attention`."""
+    x, projected = (randn(rows, width, seed=seed, device=device, dtype=dtype) for seed in range(2))
+    post, mlp, experts, router = vectors(width, device)
+    return x, projected, post, Entrance(mlp), Entrance(experts, READER), router, EPS
+
+
+def layer_inputs(
+    rows: int, width: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Entrance, float]:
+    """Of `join_layer`."""
+    h, mlp, routed = (randn(rows, width, seed=seed, device=device, dtype=dtype) for seed in range(3))
+    modes = torch.tensor([0, 1, 1, 0, 1] * rows, dtype=torch.int32, device=device)[:rows]
+    scalars = torch.tensor([0.5, 3.1], device=device)
+    *weights, following = vectors(width, device)
+    return h, mlp, routed, *weights, scalars, modes, Entrance(following, READER), EPS  # type: ignore[return-value]
+
+
+def vectors(width: int, device: torch.device) -> list[Tensor]:
+    return [randn(width, seed=10 + seed, device=device, dtype=torch.float32) for seed in range(4)]
+
+
+READER = Mlp(torch.zeros(0), torch.zeros(0))  # any that is not nobody
+
+
+def plain(reader: Reader, rows: int) -> Order:
+    return PLAIN
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [32, 100])
 def test_joins(dtype: torch.dtype, width: int, device: torch.device) -> None:
-    x, other, third = (randn(5, width, seed=seed, device=device, dtype=dtype) for seed in range(3))
-    weights = [randn(width, seed=10 + seed, device=device, dtype=torch.float32) for seed in range(4)]
+    inputs = attention_inputs(5, width, dtype, device)
     for mine, expected in zip(
-        norms.join_attention(x, other, *weights, EPS), reference.join_attention(x, other, *weights, EPS), strict=True
+        norms.join_attention(*inputs, orders=plain), reference.join_attention(*inputs), strict=True
     ):
         assert_near(mine, expected, bound(dtype))
-    modes = torch.tensor([0, 1, 1, 0, 1], dtype=torch.int32, device=device)
-    scalars = torch.tensor([0.5, 3.1], device=device)
-    arguments = (x, other, third, *weights[:3], scalars, modes, weights[3], EPS)
-    for mine, expected in zip(norms.join_layer(*arguments), reference.join_layer(*arguments), strict=True):
+    inputs = layer_inputs(5, width, dtype, device)
+    for mine, expected in zip(norms.join_layer(*inputs, orders=plain), reference.join_layer(*inputs), strict=True):
         assert_near(mine, expected, bound(dtype))
+
+
+def assert_same(mine: Operand, expected: Operand) -> None:
+    """To the bit, and come in the same order."""
+    assert type(mine) is type(expected)
+    assert torch.equal(values_of(mine).view(torch.uint8), values_of(expected).view(torch.uint8))
+    if isinstance(mine, EightBit) and isinstance(expected, EightBit):
+        assert torch.equal(mine.scale, expected.scale)
+
+
+def in_order(x: Tensor, order: Order) -> Operand:
+    """Plain rows as a kernel of its own would hand them over."""
+    found = taken(x, order)
+    return Ordered(found, order) if isinstance(found, Tensor) and order != PLAIN else found
+
+
+@pytest.mark.parametrize("width", [128, 2816])
+@pytest.mark.parametrize("order", norms.ORDERS, ids=str)
+def test_rows_are_handed_over_as_if_made_so_afterwards(order: Order, width: int, device: torch.device) -> None:
+    """Some rows in an order, or all: no bit differs from what `taken` makes of plain ones."""
+    if order == EIGHT_BIT:
+        skip_without_eight_bit(device)
+    for others in (PLAIN, order):
+
+        def orders(reader: Reader, rows: int, others: Order = others) -> Order:
+            return others if reader is None else order
+
+        inputs = attention_inputs(5, width, torch.bfloat16, device)
+        inputs[0][3], inputs[1][3] = 0, 0  # a row of zeros, and one whose largest is far off
+        inputs[0][4, 7] = 3e4
+        h, mlp, experts, router = norms.join_attention(*inputs, orders=plain)
+        assert isinstance(mlp, Tensor) and isinstance(experts, Tensor)
+        found = norms.join_attention(*inputs, orders=orders)
+        for mine, expected in zip(found, (h, in_order(mlp, others), in_order(experts, order), router), strict=True):
+            assert_same(mine, expected)
+    inputs = layer_inputs(5, width, torch.bfloat16, device)
+    x, normed = norms.join_layer(*inputs, orders=plain)
+    assert isinstance(normed, Tensor)
+    found = norms.join_layer(*inputs, orders=lambda *_: order)
+    for mine, expected in zip(found, (x, in_order(normed, order)), strict=True):
+        assert_same(mine, expected)
+
+
+def test_all_orders_that_may_be_taken_are_compiled() -> None:
+    found = {PLAIN, EIGHT_BIT}
+    for form, tile, gated, chip in product(FORMATS, ROW_TILES, (True, False), SHARED_LIMIT):
+        found.add(order_for(form, tiling(form, tile, 2816, gated=gated, chip=chip).BK))
+    assert found == set(norms.ORDERS)
+
+
+@pytest.mark.parametrize("order", norms.ORDERS, ids=str)
+def test_a_row_handed_over_does_not_depend_on_its_neighbours(order: Order, device: torch.device) -> None:
+    if order == EIGHT_BIT:
+        skip_without_eight_bit(device)
+    inputs = layer_inputs(5, 128, torch.bfloat16, device)
+    alone = values_of(norms.join_layer(*inputs, orders=lambda *_: order)[1])[2]
+    for rows in inputs[:3]:
+        rows[:2], rows[3:] = float("nan"), 500
+    beside = values_of(norms.join_layer(*inputs, orders=lambda *_: order)[1])[2]
+    assert torch.equal(beside.view(torch.uint8), alone.view(torch.uint8))
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

@@ -18,6 +18,7 @@ from engine.demo.dataset import row_of
 from engine.demo.evaluate import EVALUATION_SEED, HERE, Setup, evaluate
 from engine.formats import choose
 from engine.kernels import reference
+from engine.kernels.readers import Experts
 from engine.kernels.reference import REFERENCE
 from engine.kernels.weights import Fp8Weight, Weight
 from engine.kv_cache import KVPool
@@ -89,8 +90,8 @@ def eight_bit_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def linear(x: Tensor, weight: Weight) -> Tensor:
         return plain_linear(rounded(x) if isinstance(weight, Fp8Weight) else x, weight)
 
-    def experts(x: Tensor, shares: Tensor, chosen: Tensor, gate_up: Weight, down: Weight) -> Tensor:
-        return plain_experts(rounded(x), shares, chosen, gate_up, down)
+    def experts(x: Tensor, shares: Tensor, chosen: Tensor, which: Experts) -> Tensor:
+        return plain_experts(rounded(x), shares, chosen, which)
 
     monkeypatch.setattr(reference, "linear", linear)
     monkeypatch.setattr(reference, "_gate", lambda both: rounded(plain_gate(both)))  # what the experts' down reads

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels import reference as ops
+from engine.kernels.readers import Entrance, Experts, Mlp
 from engine.kernels.views import AttentionView, Segment
 from engine.model.layers import Rope
 from engine.pages import PAGE
@@ -106,13 +107,15 @@ def test_attention(low: int, high: int, uniform: bool) -> None:
 def test_joins_are_norms_and_sums() -> None:
     x, projected, dense, routed = (randn(5, 16, seed=seed) for seed in range(4))
     w = [randn(16, seed=10 + number) for number in range(4)]
-    h, mlp_input, experts_input, router_input = ops.join_attention(x, projected, w[0], w[1], w[2], w[3], EPS)
+    h, mlp_input, experts_input, router_input = ops.join_attention(
+        x, projected, w[0], Entrance(w[1]), Entrance(w[2]), w[3], EPS
+    )
     torch.testing.assert_close(h, x + ops.rms_norm(projected, w[0], EPS))
     torch.testing.assert_close(mlp_input, ops.rms_norm(h, w[1], EPS))
     torch.testing.assert_close(experts_input, ops.rms_norm(h, w[2], EPS))
     torch.testing.assert_close(router_input, ops.rms_norm(h, w[3], EPS))
     modes, scalars = torch.tensor([0, 0, 1, 0, 1]), torch.tensor([0.5, 3.0])
-    out, normed = ops.join_layer(h, dense, routed, w[0], w[1], w[2], scalars, modes, w[3], EPS)
+    out, normed = ops.join_layer(h, dense, routed, w[0], w[1], w[2], scalars, modes, Entrance(w[3]), EPS)
     y = ops.rms_norm(dense, w[0], EPS) + ops.rms_norm(routed, w[1], EPS)
     expected = (h + ops.rms_norm(y, w[2], EPS)) * torch.tensor([0.5, 0.5, 3.0, 0.5, 3.0])[:, None]
     torch.testing.assert_close(out, expected)
@@ -125,7 +128,7 @@ def mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 def test_gated_mlp_takes_the_gate_rows_first() -> None:
     x, gate, up, down = randn(4, 8), randn(6, 8, seed=1), randn(6, 8, seed=2), randn(8, 6, seed=3)
-    torch.testing.assert_close(ops.gated_mlp(x, torch.cat((gate, up)), down), mlp(x, gate, up, down))
+    torch.testing.assert_close(ops.gated_mlp(x, Mlp(torch.cat((gate, up)), down)), mlp(x, gate, up, down))
 
 
 def test_route() -> None:
@@ -160,7 +163,7 @@ def test_experts(dtype: torch.dtype, rows: int) -> None:
         for weight, expert in zip(weights[row], chosen[row].tolist(), strict=True):
             gate, up = gate_up[expert].float().chunk(2)
             expected[row] += weight * mlp(x[row].float(), gate, up, down[expert].float())
-    out = ops.experts(x, weights, chosen, gate_up, down)
+    out = ops.experts(x, weights, chosen, Experts(gate_up, down, active))
     assert out.dtype == dtype
     error = (out.float() - expected).norm() / expected.norm()
     assert error <= (1e-5 if dtype == torch.float32 else 1e-2)
@@ -169,5 +172,6 @@ def test_experts(dtype: torch.dtype, rows: int) -> None:
 def test_an_expert_without_rows_is_not_touched() -> None:
     gate_up, down = torch.full((3, 4, 4), math.nan), torch.full((3, 4, 2), math.nan)
     gate_up[1], down[1] = 1.0, 1.0
-    out = ops.experts(randn(5, 4), torch.ones(5, 1), torch.ones(5, 1, dtype=torch.int64), gate_up, down)
+    chosen = torch.ones(5, 1, dtype=torch.int64)
+    out = ops.experts(randn(5, 4), torch.ones(5, 1), chosen, Experts(gate_up, down, 1))
     assert out.isfinite().all()
