@@ -226,16 +226,14 @@ def _choose_experts(
         count, _, width = shape(alike[0].gate_up)
         x = _rows(plain_like(layers), rows, width)
         chosen = _rows(x, rows, count).float().topk(active, dim=-1).indices
-        shares = torch.full((rows, active), 1 / active, device=x.device)
 
         def timed(
             way: ExpertWay,
             x: Tensor = x,
             chosen: Tensor = chosen,
-            shares: Tensor = shares,
             alike: list[Experts] = alike,
         ) -> tuple[float, Tensor]:
-            return time([partial(experts_by, way, x, shares, chosen, which) for which in alike[:EXPERT_LAYERS]])
+            return time([partial(experts_by, way, x, chosen, which) for which in alike[:EXPERT_LAYERS]])
 
         offered = expert_ways(alike[0], rows, chip_of(x.device), eight_bit=eight_bit)
         experts[mixture] = fastest(offered, timed, str(mixture), told, last=ExpertWay(offered[0].tile))

@@ -1,10 +1,10 @@
-"""The mixture of experts: two grouped matmuls and a sum, over the tiles that `routing.schedule` makes.
+"""The mixture of experts: two grouped matmuls, over the tiles that `routing.schedule` makes.
 
 For plain, fp8, nvfp4 and int4 weights. How many rows a tile has, and whether fp8 weights are decoded or rows rounded
 to 8 bit as well (see `linears`), `choosing` decides at start-up. Knows no layers.
 
-Invariant: no atomics: a row's experts are summed in the order they were chosen, so results repeat exactly. Rows of one
-class always go the same way.
+Invariant: no atomics: each of a row's experts has a place of its own in the result, in the order they were chosen, and
+`norms.join_layer` sums them in that order, so results repeat exactly. Rows of one class always go the same way.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
@@ -38,23 +36,7 @@ from engine.kernels.operands import EIGHT_BIT, Operand, Order, order_for, taken,
 from engine.kernels.readers import Experts
 from engine.kernels.rounding import round_rows
 from engine.kernels.routing import Schedule, schedule
-from engine.kernels.tiles import rounded, widened
 from engine.kernels.weights import Fp8Weight, shape
-
-SUM_COLUMNS = 1024  # 2816 is 2.75 of these: enough programs at 256 rows, 8 loads of 16 bytes in flight a lane
-
-
-@triton.jit
-def sum_kernel(parts, weights, out, width, A: tl.constexpr, LANES: tl.constexpr):
-    """out[row] = sum over a of weights[row, a] * parts[row * A + a], in float32."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * LANES + tl.arange(0, LANES)
-    live = columns < width
-    total = tl.zeros((LANES,), tl.float32)
-    for place in tl.static_range(A):
-        part = tl.load(parts + (row * A + place) * width + columns, mask=live, other=0.0)
-        total += widened(part) * tl.load(weights + row * A + place)
-    tl.store(out + row * width + columns, rounded(total, out.dtype.element_ty), mask=live)
 
 
 def routed(plan: Schedule) -> Rows:
@@ -124,15 +106,15 @@ def expert_way_of(which: Experts, rows: int, ways: ExpertsChosen | None) -> Expe
     return ways.get(mixture_of(which, rows), usual) if ways else usual
 
 
-def experts(x: Operand, weights: Tensor, chosen: Tensor, which: Experts, ways: ExpertsChosen | None = None) -> Tensor:
+def experts(x: Operand, chosen: Tensor, which: Experts, ways: ExpertsChosen | None = None) -> Tensor:
     """As `reference.experts`. x [R, M] of the weights' dtype if they are plain, else bfloat16; all contiguous.
 
-    Between the two matmuls and before the sum, values are rounded to x's dtype.
+    Between the two matmuls and behind them, values are rounded to x's dtype.
     """
-    return experts_by(expert_way_of(which, chosen.shape[0], ways), x, weights, chosen, which)
+    return experts_by(expert_way_of(which, chosen.shape[0], ways), x, chosen, which)
 
 
-def experts_by(way: ExpertWay, x: Operand, weights: Tensor, chosen: Tensor, which: Experts) -> Tensor:
+def experts_by(way: ExpertWay, x: Operand, chosen: Tensor, which: Experts) -> Tensor:
     """`experts`, in a given way."""
     first, second = (stored(each, eight_bit=way.eight_bit) for each in (which.gate_up, which.down))
     rows, active = chosen.shape
@@ -147,10 +129,7 @@ def experts_by(way: ExpertWay, x: Operand, weights: Tensor, chosen: Tensor, whic
     given = taken(x, experts_order(which, way))
     launch_gated(given, first, tiles, hidden, bm, active=active, following=following, block=block)
     launch_matmul(round_rows(hidden) if between == EIGHT_BIT else hidden, second, tiles, parts, bm)
-    out = values.new_empty(rows, second.out, dtype=dtype)
-    grid = (rows, triton.cdiv(second.out, SUM_COLUMNS))
-    sum_kernel[grid](parts, weights, out, second.out, A=active, LANES=SUM_COLUMNS, num_warps=4)
-    return out
+    return parts.view(rows, active, second.out)
 
 
 def experts_order(which: Experts, way: ExpertWay) -> Order:
@@ -170,13 +149,4 @@ def cases() -> list[KernelCase]:
         orders = [order_for(form, BLOCK).of_columns]
         found += matmul_cases(form, 2816, ROW_TILES, gated=True, routed=True, followings=orders)
         found += matmul_cases(form, 704, ROW_TILES, gated=False, routed=True)
-    signature = {"parts": "*bf16:16", "weights": "*fp32:16", "out": "*bf16:16", "width": "i32:16"}
-    summing = KernelCase(
-        name="experts_sum",
-        kernel=sum_kernel,
-        signature=signature,
-        constants={"A": 8, "LANES": SUM_COLUMNS},
-        num_warps=4,
-        num_stages=3,
-    )
-    return [*found, summing]
+    return found

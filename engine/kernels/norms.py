@@ -213,16 +213,20 @@ def join_attention(
 
 @triton.jit
 def join_layer_kernel(
-    h, mlp, routed, mlp_weight, experts_weight, post_weight, scalars, modes, next_weight, x, normed, normed_scale,
-    width, eps, NEXT: tl.constexpr, NEXT_BK: tl.constexpr, LANES: tl.constexpr,
+    h, mlp, parts, shares, mlp_weight, experts_weight, post_weight, scalars, modes, next_weight, x, normed,
+    normed_scale, width, eps, A: tl.constexpr, NEXT: tl.constexpr, NEXT_BK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One program a row: `reference.join_layer`. Everything is asked for before the first sum waits for its row."""
+    """One program a row: `reference.join_layer`. Everything is asked for before the first norm waits for its row; the
+    experts' parts are summed in the order they were chosen."""
     row = tl.program_id(0).to(tl.int64)
     offset = row * width
     columns = tl.arange(0, LANES)
     live = columns < width
-    dense, sparse = _row(mlp, offset, columns, live), _row(routed, offset, columns, live)
-    residual = _row(h, offset, columns, live)
+    dense, residual = _row(mlp, offset, columns, live), _row(h, offset, columns, live)
+    routed = tl.zeros((LANES,), tl.float32)
+    for place in tl.static_range(A):
+        routed += _row(parts, (row * A + place) * width, columns, live) * tl.load(shares + row * A + place)
+    sparse = widened(_as(routed, h))
     first, second = _vector(mlp_weight, columns, live), _vector(experts_weight, columns, live)
     post, following = _vector(post_weight, columns, live), _vector(next_weight, columns, live)
     # the scalar is rounded first, as transformers multiplies by one of the weights' dtype
@@ -241,7 +245,8 @@ def join_layer_kernel(
 def join_layer(
     h: Tensor,
     mlp: Tensor,
-    routed: Tensor,
+    parts: Tensor,
+    shares: Tensor,
     mlp_weight: Tensor,
     experts_weight: Tensor,
     post_weight: Tensor,
@@ -257,8 +262,9 @@ def join_layer(
     order = orders(following.reader, rows)
     x, normed = torch.empty_like(h), unwritten(h, order)
     join_layer_kernel[(rows,)](
-        h, mlp, routed, mlp_weight, experts_weight, post_weight, scalars, modes, following.norm, x, *_pointers(normed),
-        width, eps, NEXT=order.form, NEXT_BK=order.block, LANES=triton.next_power_of_2(width), num_warps=WARPS,
+        h, mlp, parts, shares, mlp_weight, experts_weight, post_weight, scalars, modes, following.norm, x,
+        *_pointers(normed), width, eps, A=shares.shape[1], NEXT=order.form, NEXT_BK=order.block,
+        LANES=triton.next_power_of_2(width), num_warps=WARPS,
     )  # fmt: skip
     return x, normed
 
@@ -300,8 +306,8 @@ def _handed_over(name: str, order: Order) -> dict[str, str]:
     return {name: ROW, f"{name}_scale": ROW}
 
 
-def _join_case(name: str, kernel: Any, signature: dict[str, str], **orders: Order) -> KernelCase:
-    constants: dict[str, Any] = {"LANES": 4096}
+def _join_case(name: str, kernel: Any, signature: dict[str, str], sizes: dict[str, int], **orders: Order) -> KernelCase:
+    constants: dict[str, Any] = {"LANES": 4096} | sizes
     for reader, order in orders.items():
         constants |= {reader: order.form, f"{reader}_BK": order.block}
     told = " and ".join(
@@ -322,11 +328,11 @@ def _attention_case(mlp: Order, experts: Order) -> KernelCase:
     weights = ("post_weight", "mlp_weight", "experts_weight", "router_weight")
     signature = dict.fromkeys(("x", "projected", "h", "router"), ROW) | dict.fromkeys(weights, VECTOR)
     signature |= _handed_over("mlp", mlp) | _handed_over("experts", experts)
-    return _join_case("join_attention", join_attention_kernel, signature, MLP=mlp, EXPERTS=experts)
+    return _join_case("join_attention", join_attention_kernel, signature, {}, MLP=mlp, EXPERTS=experts)
 
 
 def _layer_case(following: Order) -> KernelCase:
-    weights = ("mlp_weight", "experts_weight", "post_weight", "scalars", "next_weight")
-    signature = dict.fromkeys(("h", "mlp", "routed", "x"), ROW) | dict.fromkeys(weights, VECTOR)
+    weights = ("shares", "mlp_weight", "experts_weight", "post_weight", "scalars", "next_weight")
+    signature = dict.fromkeys(("h", "mlp", "parts", "x"), ROW) | dict.fromkeys(weights, VECTOR)
     signature |= {"modes": "*i32:16"} | _handed_over("normed", following)
-    return _join_case("join_layer", join_layer_kernel, signature, NEXT=following)
+    return _join_case("join_layer", join_layer_kernel, signature, {"A": 8}, NEXT=following)

@@ -181,7 +181,8 @@ def join_attention(
 def join_layer(
     h: Tensor,
     mlp: Tensor,
-    routed: Tensor,
+    parts: Tensor,
+    shares: Tensor,
     mlp_weight: Tensor,
     experts_weight: Tensor,
     post_weight: Tensor,
@@ -192,9 +193,11 @@ def join_layer(
 ) -> tuple[Tensor, Tensor]:
     """The layer's output x = (h + norm(norm(mlp) + norm(routed))) * scalar, and what the next layer reads, norm(x).
 
-    h, mlp, routed [R, M]; weights float32 [M], of the norms of mlp, of routed and of their sum; x is normed for
-    `following`; a row's scalar is scalars[mode], float32 [2] and int32 [R]. Returns both [R, M].
+    h, mlp [R, M]; routed is the sum of the experts' parts [R, A, M] times their shares, float32 [R, A]; weights float32
+    [M], of the norms of mlp, of routed and of their sum; x is normed for `following`; a row's scalar is scalars[mode],
+    float32 [2] and int32 [R]. Returns both [R, M].
     """
+    routed = (parts * shares[..., None]).sum(dim=1).to(h.dtype)
     y = rms_norm(mlp, mlp_weight, eps) + rms_norm(routed, experts_weight, eps)
     # rounded first, as transformers multiplies by a scalar of the weights' dtype
     x = (h + rms_norm(y, post_weight, eps)) * scalars.to(h.dtype)[modes, None]
@@ -209,16 +212,16 @@ def gated_mlp(x: Tensor, mlp: Mlp) -> Tensor:
 def route(x: Tensor, projection: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     """Choose A = top_k experts a row. x [R, M], already normed; projection [E, M], expert_scale float32 [E].
 
-    Returns weights float32 [R, A] (renormalised to 1, then times expert_scale) and expert ids int64 [R, A].
+    Returns shares float32 [R, A] (renormalised to 1, then times expert_scale) and expert ids int64 [R, A].
     """
     scores = _times(x, projection)
     best, experts = scores.float().softmax(dim=-1).topk(top_k, dim=-1)
     return best / best.sum(dim=-1, keepdim=True) * expert_scale[experts], experts
 
 
-def experts(x: Tensor, weights: Tensor, chosen: Tensor, which: Experts) -> Tensor:
-    """Weighted sum of the chosen experts' gated MLPs. x [R, M]; weights, chosen [R, A] as `route` returns them;
-    returns [R, M].
+def experts(x: Tensor, chosen: Tensor, which: Experts) -> Tensor:
+    """The chosen experts' gated MLPs. x [R, M]; chosen [R, A] as `route` returns it; returns [R, A, M], which
+    `join_layer` sums.
 
     Rows are sorted by expert, so each expert that is chosen is one pair of matmuls and the others cost nothing;
     a quantised expert is made dense just for these.
@@ -240,8 +243,7 @@ def experts(x: Tensor, weights: Tensor, chosen: Tensor, which: Experts) -> Tenso
     for index, start, end in spans:
         _multiply(hidden[start:end], dense(expert(which.down, index), x.dtype), result[start:end])
     result = result[: rows * active]
-    unsorted = torch.empty_like(result).index_copy_(0, order, result).view(rows, active, -1)
-    return (unsorted * weights[..., None]).sum(dim=1).to(x.dtype)
+    return torch.empty_like(result).index_copy_(0, order, result).view(rows, active, -1)
 
 
 def _times(x: Tensor, weight: Tensor) -> Tensor:
@@ -280,7 +282,9 @@ def _running(sizes: list[int]) -> list[tuple[int, int, int]]:
     return out
 
 
-def in_turn(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+def in_turn(
+    first: Callable[[], Tensor], second: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One function after the other."""
     return first(), second()
 
@@ -301,7 +305,7 @@ class Ops:
 
     row_align: int
     chosen: tuple[str, ...]
-    overlap: Callable[[Callable[[], Tensor], Callable[[], Tensor]], tuple[Tensor, Tensor]]
+    overlap: Callable[[Callable[[], Tensor], Callable[[], tuple[Tensor, Tensor]]], tuple[Tensor, tuple[Tensor, Tensor]]]
 
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
     linear: Callable[[Operand, Weight], Tensor]
@@ -311,11 +315,12 @@ class Ops:
         [Tensor, Tensor, Tensor, Entrance, Entrance, Tensor, float], tuple[Tensor, Operand, Operand, Tensor]
     ]
     join_layer: Callable[
-        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Entrance, float], tuple[Tensor, Operand]
+        [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Entrance, float],
+        tuple[Tensor, Operand],
     ]
     gated_mlp: Callable[[Operand, Mlp], Tensor]
     route: Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
-    experts: Callable[[Operand, Tensor, Tensor, Experts], Tensor]
+    experts: Callable[[Operand, Tensor, Experts], Tensor]
     read_logits: Callable[[Tensor, float, Draw], Reading]
     soft_embedding: Callable[[Tensor, Tensor, float], Tensor]
 

@@ -29,7 +29,9 @@ def _side(device: int) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def side_by_side(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+def side_by_side(
+    first: Callable[[], Tensor], second: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """`first` on a stream of its own while `second` runs on the current one, which then waits for both: what is small
     in one fills the gaps of the other. The interpreter, which has no streams, does one after the other.
 

@@ -88,15 +88,16 @@ class Layer:
             eps,
         )
 
-        def routed_experts() -> Tensor:
-            weights, chosen = ops.route(router_input, self._router, self._expert_scale, self._experts.active)
-            return ops.experts(experts_input, weights, chosen, self._experts)
+        def routed() -> tuple[Tensor, Tensor]:
+            shares, chosen = ops.route(router_input, self._router, self._expert_scale, self._experts.active)
+            return ops.experts(experts_input, chosen, self._experts), shares
 
-        dense, routed = ops.overlap(lambda: ops.gated_mlp(mlp_input, self._mlp), routed_experts)
+        dense, (parts, shares) = ops.overlap(lambda: ops.gated_mlp(mlp_input, self._mlp), routed)
         return ops.join_layer(
             h,
             dense,
-            routed,
+            parts,
+            shares,
             self._post_mlp_norm,
             self._post_experts_norm,
             self._post_ffn_norm,

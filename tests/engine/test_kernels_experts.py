@@ -81,12 +81,11 @@ def run(chosen: Tensor, gate_up_form: str, down_form: str, device: torch.device,
     hidden, width = sizes
     rows, active = chosen.shape
     x = randn(rows, hidden, device=device)
-    weights = torch.rand(rows, active, generator=torch.Generator().manual_seed(4)).to(device)
     gate_up = random_weight(gate_up_form, 8, 2 * width, hidden, seed=1, device=device)
     down = random_weight(down_form, 8, hidden, width, seed=2, device=device)
     which = Experts(gate_up, down, active)
-    expected = reference.experts(x, weights, chosen.to(device), which)
-    assert_near(experts(x, weights, chosen.to(device), which), expected)
+    expected = reference.experts(x, chosen.to(device), which)
+    assert_near(experts(x, chosen.to(device), which), expected)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -124,10 +123,10 @@ def test_what_is_not_finite_stays_in_its_row(value: float, device: torch.device)
     assert torch.equal(spoiled[others], clean[others])
 
 
-def _rest(chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor, Experts]:
+def _rest(chosen: Tensor, device: torch.device) -> tuple[Tensor, Experts]:
     gate_up = random_weight("plain", 8, 64, 64, seed=1, device=device)
     down = random_weight("plain", 8, 64, 32, seed=2, device=device)
-    return torch.ones(chosen.shape, device=device), chosen, Experts(gate_up, down, chosen.shape[1])
+    return chosen, Experts(gate_up, down, chosen.shape[1])
 
 
 def test_experts_repeat_exactly(device: torch.device) -> None:
@@ -147,14 +146,13 @@ def test_scales_must_fill_words(device: torch.device) -> None:
 def test_any_tile_may_be_chosen(form: str, device: torch.device) -> None:
     chosen = CHOICES["random"].to(device)
     x = randn(13, 128, device=device)
-    weights = torch.rand(13, 3, generator=torch.Generator().manual_seed(4)).to(device)
     gate_up = random_weight(form, 8, 128, 128, seed=1, device=device)
     down = random_weight(form, 8, 128, 64, seed=2, device=device)
     which = Experts(gate_up, down, 3)
-    expected = reference.experts(x, weights, chosen, which)
+    expected = reference.experts(x, chosen, which)
     for tile in (32, 64):
         way = {mixture_of(which, 13): ExpertWay(tile)}
-        assert_near(experts(x, weights, chosen, which, way), expected)
+        assert_near(experts(x, chosen, which, way), expected)
 
 
 @pytest.mark.parametrize(("gate_up", "down"), [("fp8", "fp8"), ("fp8", "nvfp4"), ("nvfp4", "fp8"), ("plain", "fp8")])
@@ -165,12 +163,11 @@ def test_experts_of_eight_bit_rows(gate_up: str, down: str, tile: int, device: t
         pytest.skip("this chip multiplies no 8-bit floats")
     chosen = CHOICES["random"].to(device)
     x = randn(13, 128, device=device)
-    weights = torch.rand(13, 3, generator=torch.Generator().manual_seed(4)).to(device)
     first = random_weight(gate_up, 8, 2 * 192, 128, seed=1, device=device)
     second = random_weight(down, 8, 128, 192, seed=2, device=device)
     which = Experts(first, second, 3)
-    result = experts_by(ExpertWay(tile, True), x, weights, chosen, which)
-    assert_near(result, reference.experts(x, weights, chosen, which), 6e-2)
+    result = experts_by(ExpertWay(tile, True), x, chosen, which)
+    assert_near(result, reference.experts(x, chosen, which), 6e-2)
 
 
 def test_only_what_may_be_chosen_for_experts_is_offered(device: torch.device) -> None:

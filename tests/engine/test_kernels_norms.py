@@ -82,13 +82,15 @@ def attention_inputs(
 
 def layer_inputs(
     rows: int, width: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Entrance, float]:
-    """Of `join_layer`."""
-    h, mlp, routed = (randn(rows, width, seed=seed, device=device, dtype=dtype) for seed in range(3))
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Entrance, float]:
+    """Of `join_layer`, three experts a row."""
+    h, mlp = (randn(rows, width, seed=seed, device=device, dtype=dtype) for seed in range(2))
+    parts = randn(rows, 3, width, seed=2, device=device, dtype=dtype)
+    shares = randn(rows, 3, seed=3, device=device, dtype=torch.float32)
     modes = torch.tensor([0, 1, 1, 0, 1] * rows, dtype=torch.int32, device=device)[:rows]
     scalars = torch.tensor([0.5, 3.1], device=device)
     *weights, following = vectors(width, device)
-    return h, mlp, routed, *weights, scalars, modes, Entrance(following, READER), EPS  # type: ignore[return-value]
+    return h, mlp, parts, shares, *weights, scalars, modes, Entrance(following, READER), EPS  # type: ignore[return-value]
 
 
 def vectors(width: int, device: torch.device) -> list[Tensor]:
@@ -173,6 +175,24 @@ def test_a_row_handed_over_does_not_depend_on_its_neighbours(order: Order, devic
         rows[:2], rows[3:] = float("nan"), 500
     beside = values_of(norms.join_layer(*inputs, orders=lambda *_: order)[1])[2]
     assert torch.equal(beside.view(torch.uint8), alone.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [32, 2816])
+def test_experts_are_summed_in_the_order_they_were_chosen(dtype: torch.dtype, width: int, device: torch.device) -> None:
+    """To the bit as if a kernel before had summed them in float32 and rounded: then that is one part of share 1."""
+    h, mlp, parts, shares, *rest = layer_inputs(5, width, dtype, device)
+    shares[1] = torch.tensor([1e4, -1e4, 1e-3], device=device)  # where the order shows
+    total = torch.zeros(5, width, device=device)
+    for place in range(parts.shape[1]):
+        product = parts[:, place].double() * shares[:, place, None].double()  # exact
+        if device.type == "cpu":  # a GPU adds and multiplies at once
+            product = product.float()
+        total = (total.double() + product).float()
+    found = norms.join_layer(h, mlp, parts, shares, *rest, orders=plain)
+    expected = norms.join_layer(h, mlp, total.to(dtype)[:, None], torch.ones(5, 1, device=device), *rest, orders=plain)
+    for mine, same in zip(found, expected, strict=True):
+        assert_same(mine, same)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

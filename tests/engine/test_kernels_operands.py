@@ -49,11 +49,11 @@ def layer(ops: Ops, x: Tensor, weights: dict[str, Weight]) -> tuple[list[Operand
     chosen = torch.stack([torch.arange(ACTIVE) * 2 + row % 3 for row in range(ROWS)]).to(x.device)
     shares = randn(ROWS, ACTIVE, seed=30, device=x.device, dtype=torch.float32)
     dense = ops.gated_mlp(mlp_input, mlp)
-    routed = ops.experts(experts_input, shares, chosen, which)
+    parts = ops.experts(experts_input, chosen, which)
     scalars, modes = torch.ones(2, device=x.device), torch.zeros(ROWS, dtype=torch.int32, device=x.device)
     following = Entrance(vectors[4], weights["qkv"])
-    out, normed = ops.join_layer(h, dense, routed, *vectors[4:], scalars, modes, following, EPS)
-    computed = [h, router_input, dense, routed, out, ops.linear(normed, weights["qkv"])]
+    out, normed = ops.join_layer(h, dense, parts, shares, *vectors[4:], scalars, modes, following, EPS)
+    computed = [h, router_input, dense, parts, out, ops.linear(normed, weights["qkv"])]
     return [mlp_input, experts_input, normed], computed
 
 

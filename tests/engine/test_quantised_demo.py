@@ -90,8 +90,8 @@ def eight_bit_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     def linear(x: Tensor, weight: Weight) -> Tensor:
         return plain_linear(rounded(x) if isinstance(weight, Fp8Weight) else x, weight)
 
-    def experts(x: Tensor, shares: Tensor, chosen: Tensor, which: Experts) -> Tensor:
-        return plain_experts(rounded(x), shares, chosen, which)
+    def experts(x: Tensor, chosen: Tensor, which: Experts) -> Tensor:
+        return plain_experts(rounded(x), chosen, which)
 
     monkeypatch.setattr(reference, "linear", linear)
     monkeypatch.setattr(reference, "_gate", lambda both: rounded(plain_gate(both)))  # what the experts' down reads

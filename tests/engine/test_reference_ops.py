@@ -105,7 +105,8 @@ def test_attention(low: int, high: int, uniform: bool) -> None:
 
 
 def test_joins_are_norms_and_sums() -> None:
-    x, projected, dense, routed = (randn(5, 16, seed=seed) for seed in range(4))
+    x, projected, dense = (randn(5, 16, seed=seed) for seed in range(3))
+    parts, shares = randn(5, 3, 16, seed=3), randn(5, 3, seed=4)
     w = [randn(16, seed=10 + number) for number in range(4)]
     h, mlp_input, experts_input, router_input = ops.join_attention(
         x, projected, w[0], Entrance(w[1]), Entrance(w[2]), w[3], EPS
@@ -115,7 +116,8 @@ def test_joins_are_norms_and_sums() -> None:
     torch.testing.assert_close(experts_input, ops.rms_norm(h, w[2], EPS))
     torch.testing.assert_close(router_input, ops.rms_norm(h, w[3], EPS))
     modes, scalars = torch.tensor([0, 0, 1, 0, 1]), torch.tensor([0.5, 3.0])
-    out, normed = ops.join_layer(h, dense, routed, w[0], w[1], w[2], scalars, modes, Entrance(w[3]), EPS)
+    out, normed = ops.join_layer(h, dense, parts, shares, w[0], w[1], w[2], scalars, modes, Entrance(w[3]), EPS)
+    routed = torch.stack([shares[row] @ parts[row] for row in range(5)])
     y = ops.rms_norm(dense, w[0], EPS) + ops.rms_norm(routed, w[1], EPS)
     expected = (h + ops.rms_norm(y, w[2], EPS)) * torch.tensor([0.5, 0.5, 3.0, 0.5, 3.0])[:, None]
     torch.testing.assert_close(out, expected)
@@ -157,13 +159,12 @@ def test_experts(dtype: torch.dtype, rows: int) -> None:
     gate_up, down = randn(count, 2 * width, hidden, seed=1).to(dtype), randn(count, hidden, width, seed=2).to(dtype)
     # the last expert gets no row
     chosen = torch.stack([randn(count - 1, seed=row).argsort()[:active] for row in range(rows)])
-    weights = randn(rows, active, seed=4)
-    expected = torch.zeros(rows, hidden)
+    expected = torch.zeros(rows, active, hidden)
     for row in range(rows):
-        for weight, expert in zip(weights[row], chosen[row].tolist(), strict=True):
+        for place, expert in enumerate(chosen[row].tolist()):
             gate, up = gate_up[expert].float().chunk(2)
-            expected[row] += weight * mlp(x[row].float(), gate, up, down[expert].float())
-    out = ops.experts(x, weights, chosen, Experts(gate_up, down, active))
+            expected[row, place] = mlp(x[row].float(), gate, up, down[expert].float())
+    out = ops.experts(x, chosen, Experts(gate_up, down, active))
     assert out.dtype == dtype
     error = (out.float() - expected).norm() / expected.norm()
     assert error <= (1e-5 if dtype == torch.float32 else 1e-2)
@@ -173,5 +174,5 @@ def test_an_expert_without_rows_is_not_touched() -> None:
     gate_up, down = torch.full((3, 4, 4), math.nan), torch.full((3, 4, 2), math.nan)
     gate_up[1], down[1] = 1.0, 1.0
     chosen = torch.ones(5, 1, dtype=torch.int64)
-    out = ops.experts(randn(5, 4), torch.ones(5, 1), chosen, Experts(gate_up, down, 1))
+    out = ops.experts(randn(5, 4), chosen, Experts(gate_up, down, 1))
     assert out.isfinite().all()
