@@ -33,7 +33,9 @@ def ordered(x: Tensor, form: str, block: int) -> Tensor:
     if form in ("plain", "e4m3"):
         return x
     rows, width = x.shape
-    if form == "fp8":  # quarter, word, half of a pair, pair -> word, pair, quarter, half of a pair
+    if form == "fragment":  # quarter, pair // 2, pair % 2, half of a pair -> pair // 2, pair % 2, quarter, half of a pair
+        split = x.view(rows, width // 32, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5)
+    elif form == "fp8":  # quarter, word, half of a pair, pair -> word, pair, quarter, half of a pair
         split = x.view(rows, width // block, 4, block // 16, 2, 2).permute(0, 1, 3, 5, 2, 4)
     else:
         split = x.view(rows, width // block, 4, block // 32, 2, 2, 2).permute(0, 1, 3, 5, 6, 2, 4)
@@ -47,6 +49,8 @@ def column_of(n, FORMAT: tl.constexpr, BLOCK: tl.constexpr):
     quarter = n // (BLOCK // 4) % 4
     if FORMAT == "plain" or FORMAT == "e4m3":
         return n
+    elif FORMAT == "fragment":
+        return n // 32 * 32 + n // 4 % 2 * 16 + n // 2 % 2 * 8 + n // 8 % 4 * 2 + n % 2
     elif FORMAT == "fp8":
         return start + n // 4 % (BLOCK // 16) * 16 + n % 2 * 8 + quarter * 2 + n // 2 % 2
     else:
