@@ -8,7 +8,7 @@ Invariant: on a GPU with the Triton ops, passes come in few layouts (`buckets`),
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import MutableMapping
 
 import torch
 
@@ -40,10 +40,11 @@ def choose_kernels(name: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def assemble(
-    config: ModelConfig, weights: Mapping[str, Weight], pool: KVPool, kernels: str, *, eight_bit: bool
+    config: ModelConfig, weights: MutableMapping[str, Weight], pool: KVPool, kernels: str, *, eight_bit: bool
 ) -> DiffusionGemma:
     """The model on the pool's device; `weights` and `eight_bit` as in `Checkpoint`, `kernels` as `choose_kernels`
-    returns it. The Triton ops are measured here, and the fastest way of each chosen."""
+    returns it. The Triton ops are measured here, and the fastest way of each chosen; weights that they want laid out in
+    another way are replaced, so that several models may share them."""
     if kernels == "reference":
         return DiffusionGemma(config, weights, REFERENCE, pool)
     ops = _measured(config, weights, eight_bit)
@@ -59,10 +60,12 @@ def assemble(
     return DiffusionGemma(config, weights, ops, pool, planner)
 
 
-def _measured(config: ModelConfig, weights: Mapping[str, Weight], eight_bit: bool) -> Ops:
+def _measured(config: ModelConfig, weights: MutableMapping[str, Weight], eight_bit: bool) -> Ops:
     # deferred: a machine without a GPU need not have triton
     from engine.kernels.choosing import GraphTimer, choose
-    from engine.kernels.triton_ops import by_choice
+    from engine.kernels.triton_ops import by_choice, lay_out
+
+    lay_out(weights)
 
     return by_choice(
         choose(

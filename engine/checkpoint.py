@@ -11,7 +11,7 @@ CheckpointError that names it; only the vision tower's are skipped where images 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import prod
@@ -54,7 +54,7 @@ class Checkpoint:
     path: Path
     config: ModelConfig
     generation: GenerationDefaults
-    tensors: Mapping[str, Weight]
+    tensors: MutableMapping[str, Weight]
     format: str  # of the experts: "fp8", "nvfp4" or "int4"; if nothing is quantised "bf16" or "fp32", as stored
     eight_bit: bool  # rows that meet fp8 weights may be rounded to 8 bit: these are to be run so
 

@@ -19,14 +19,27 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from engine.kernels import attention, experts, linears, norms, output, rounding, routing, soft_embedding, unpacking
+from engine.kernels import (
+    attention,
+    experts,
+    hopper_experts,
+    linears,
+    norms,
+    output,
+    rounding,
+    routing,
+    soft_embedding,
+    unpacking,
+)
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import SHARED_LIMIT
 
 MODULES: tuple[Callable[[], list[KernelCase]], ...] = (
     routing.cases,
     experts.cases,
+    hopper_experts.cases,
     linears.cases,
     rounding.cases,
     unpacking.cases,
@@ -64,7 +77,7 @@ def compile_case(case: KernelCase, chip: int) -> Needs:
     signature |= dict.fromkeys(case.constants, "constexpr")
     order = case.kernel.arg_names
     aligned = [name for name, kind in case.signature.items() if kind.endswith(":16")]
-    source = ASTSource(
+    source = (GluonASTSource if isinstance(case.kernel, GluonJITFunction) else ASTSource)(
         fn=case.kernel,
         signature={name: signature[name] for name in order},
         constexprs=dict(case.constants),

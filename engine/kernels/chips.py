@@ -13,6 +13,8 @@ import torch
 # Shared memory a program may have, in bytes, by compute capability (CUDA programming guide, table of capabilities).
 SHARED_LIMIT = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376, 121: 101376}
 
+HOPPER = 90  # what is written in Gluon runs there only
+
 
 @cache
 def chip_of(device: torch.device) -> int:

@@ -1,7 +1,8 @@
 """The mixture of experts: two grouped matmuls, over the tiles that `routing.schedule` makes.
 
-For plain, fp8, nvfp4 and int4 weights. How many rows a tile has, and whether fp8 weights are decoded or rows rounded
-to 8 bit as well (see `linears`), `choosing` decides at start-up. Knows no layers.
+For plain, fp8, nvfp4 and int4 weights; 4-bit ones that lie as fragments go by a kernel of their own. How many rows a
+tile has, and whether fp8 weights are decoded or rows rounded to 8 bit as well (see `linears`), `choosing` decides at
+start-up. Knows no layers.
 
 Invariant: no atomics: each of a row's experts has a place of its own in the result, in the order they were chosen, and
 `norms.join_layer` sums them in that order, so results repeat exactly. Rows of one class always go the same way.
@@ -22,6 +23,7 @@ from engine.kernels.grouped import (
     E4M3_CHIPS,
     FORMATS,
     ROW_TILES,
+    Given,
     Rows,
     Stored,
     launch_gated,
@@ -32,11 +34,12 @@ from engine.kernels.grouped import (
     stored,
     tiling,
 )
-from engine.kernels.operands import EIGHT_BIT, Operand, Order, order_for, taken, values_of
+from engine.kernels.hopper_experts import launch_fragments
+from engine.kernels.operands import EIGHT_BIT, FRAGMENTS, Operand, Order, order_for, taken, values_of
 from engine.kernels.readers import Experts
 from engine.kernels.rounding import round_rows
 from engine.kernels.routing import Schedule, schedule
-from engine.kernels.weights import Fp8Weight, shape
+from engine.kernels.weights import Fp8Weight, FragmentWeight, Weight, shape
 
 
 def routed(plan: Schedule) -> Rows:
@@ -82,7 +85,11 @@ ExpertsChosen = Mapping[Mixture, ExpertWay]
 
 def mixture_of(which: Experts, rows: int) -> Mixture:
     """What decides how so many rows go through these experts."""
-    return Mixture(stored(which.gate_up).form, stored(which.down).form, shape(which.gate_up), rows_class(rows))
+    return Mixture(_form(which.gate_up), _form(which.down), shape(which.gate_up), rows_class(rows))
+
+
+def _form(weight: Weight) -> str:
+    return f"{weight.form} in fragments" if isinstance(weight, FragmentWeight) else stored(weight).form
 
 
 def expert_ways(which: Experts, rows: int, chip: int, *, eight_bit: bool) -> list[ExpertWay]:
@@ -116,24 +123,37 @@ def experts(x: Operand, chosen: Tensor, which: Experts, ways: ExpertsChosen | No
 
 def experts_by(way: ExpertWay, x: Operand, chosen: Tensor, which: Experts) -> Tensor:
     """`experts`, in a given way."""
-    first, second = (stored(each, eight_bit=way.eight_bit) for each in (which.gate_up, which.down))
     rows, active = chosen.shape
     assert active == which.active, "so many were said to be chosen"
-    values, bm = values_of(x), way.tile
+    values = values_of(x)
     dtype = torch.bfloat16 if values.dtype.itemsize == 1 else values.dtype
-    tiles = routed(schedule(chosen, first.experts, bm))
-    hidden = values.new_empty(rows * active, second.width, dtype=dtype)
-    parts = values.new_empty(rows * active, second.out, dtype=dtype)
+    count, width, inner = shape(which.down)
+    tiles = routed(schedule(chosen, count, way.tile))
+    hidden = values.new_empty(rows * active, inner, dtype=dtype)
+    parts = values.new_empty(rows * active, width, dtype=dtype)
+    _multiply(way, taken(x, experts_order(which, way)), which, tiles, hidden, parts)
+    return parts.view(rows, active, width)
+
+
+def _multiply(way: ExpertWay, given: Given, which: Experts, tiles: Rows, hidden: Tensor, parts: Tensor) -> None:
+    """parts = down(hidden = gelu(gate(x)) * up(x)), of all choices."""
+    bm, active = way.tile, which.active
+    if isinstance(which.gate_up, FragmentWeight) and isinstance(which.down, FragmentWeight):
+        assert isinstance(given, Tensor)
+        launch_fragments(given, which.gate_up, tiles, hidden, bm, gated=True, active=active)
+        launch_fragments(hidden, which.down, tiles, parts, bm, gated=False, active=active)
+        return
+    first, second = (stored(each, eight_bit=way.eight_bit) for each in (which.gate_up, which.down))
     between = _order_of(second, bm, gated=False)
     following, block = between.of_columns
-    given = taken(x, experts_order(which, way))
     launch_gated(given, first, tiles, hidden, bm, active=active, following=following, block=block)
     launch_matmul(round_rows(hidden) if between == EIGHT_BIT else hidden, second, tiles, parts, bm)
-    return parts.view(rows, active, second.out)
 
 
 def experts_order(which: Experts, way: ExpertWay) -> Order:
     """How x must come."""
+    if isinstance(which.gate_up, FragmentWeight):
+        return FRAGMENTS
     return _order_of(stored(which.gate_up, eight_bit=way.eight_bit), way.tile, gated=True)
 
 

@@ -9,7 +9,9 @@ Invariant: as `grouped`: tiles of rows are the fastest grid axis.
 
 from __future__ import annotations
 
-import triton
+from collections.abc import Mapping
+from itertools import product
+
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -19,9 +21,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from engine.kernels.fragments import BLOCK, FragmentWeight
+from engine.kernels.catalog import KernelCase
+from engine.kernels.chips import HOPPER
 from engine.kernels.grouped import Rows
+from engine.kernels.weights import FragmentWeight
 
+WARPS = 4  # one warp group
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 
 # A scale twice in a register, as a bfloat16 times 2^118: five bits of exponent, whose upper three are all ones.
@@ -94,10 +99,12 @@ def _pair(words, scale, pair: gl.constexpr, FORMAT: gl.constexpr, layout: gl.con
 
 @gluon.jit
 def _values(words, scale, FORMAT: gl.constexpr, BLOCKS: gl.constexpr, acc: gl.constexpr):
-    """A stage's words and scales, in shared memory -> values bfloat16 [64, 64 BLOCKS], columns `ordered`."""
+    """A stage's words and scales, in shared memory -> values bfloat16 [64, 64 BLOCKS], columns in the order of fragments."""
     layout: gl.constexpr = _by_thread(BLOCKS)
     found = words.load(gl.BlockedLayout([4], [32], [4], [0]))
-    found = gl.permute(gl.reshape(found, (BLOCKS, 4, 8, 4, 2, 2)), (1, 4, 2, 0, 3, 5))  # warp, half, row, block, quarter
+    found = gl.permute(
+        gl.reshape(found, (BLOCKS, 4, 8, 4, 2, 2)), (1, 4, 2, 0, 3, 5)
+    )  # warp, half, row, block, quarter
     first, second = gl.split(gl.reshape(found, (64, BLOCKS, 4, 2)))
     scales = scale.permute((1, 0)).load(gl.SliceLayout(2, layout))
     both = gl.join(_pair(first, scales, 0, FORMAT, layout), _pair(second, scales, 1, FORMAT, layout))
@@ -124,11 +131,11 @@ def fragments_kernel(
     A: gl.constexpr, GATED: gl.constexpr, FORMAT: gl.constexpr, BM: gl.constexpr, BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """GATED: out[position] = gelu_tanh(gate(x[row])) * up(x[row]), `ordered` as a fragment weight takes it. Else
+    """GATED: out[position] = gelu_tanh(gate(x[row])) * up(x[row]), in the order of fragments. Else
     out[choice] = weight @ x[position].
 
     words int32 [E, N, blocks, 512], where N is 2 * width / 64 (gate first) if GATED, else width / 64; x bfloat16
-    [*, 64 * blocks], `ordered`.
+    [*, 64 * blocks], in the order of fragments.
     """
     tile = gl.program_id(0)
     live_rows = gl.load(rows + tile)
@@ -183,12 +190,14 @@ def fragments_kernel(
         async_copy.commit_group()
     acc_one = gl.full([64, BM], 0.0, gl.float32, layout=ACC)
     acc_two = gl.full([64, BM], 0.0, gl.float32, layout=ACC)
-    for round in range(0, count, STAGES):
-        for at in gl.static_range(STAGES):  # so that a stage's place is known, and no barrier is needed to tell them apart
-            if round + at < count:
+    for turn in range(0, count, STAGES):
+        for at in gl.static_range(
+            STAGES
+        ):  # so that a stage's place is known, and no barrier is needed to tell them apart
+            if turn + at < count:
                 async_copy.wait_group(STAGES - 2)
                 meet()  # all have this stage, and are done with the one before
-                ahead = round + at + STAGES - 1
+                ahead = turn + at + STAGES - 1
                 to: gl.constexpr = (at + STAGES - 1) % STAGES
                 if ahead < count:
                     _bring(stages[to][0], stages[to][2], words_at_one, scale_at_one, ahead * BLOCKS, BLOCKS)
@@ -234,15 +243,53 @@ def fragments_kernel(
         gl.store(target + 64, acc_two.to(gl.bfloat16), mask=live[None, :])
 
 
+# Stages of a program's pipeline and, where a cap makes room for one more program, a thread's registers; by whether
+# there is a gate, and BM. The fastest of those that tests.bench.tune_experts times on an H200 (LOG.md, 2026-11-29).
+TILINGS: Mapping[tuple[bool, int], tuple[int, int | None]] = {
+    (True, 32): (2, 128),
+    (True, 64): (2, None),
+    (True, 128): (2, None),
+    (False, 32): (4, None),
+    (False, 64): (4, None),
+    (False, 128): (4, None),
+}
+
+
 def launch_fragments(
-    x: Tensor, weight: FragmentWeight, rows: Rows, out: Tensor, bm: int, *, gated: bool, active: int, stages: int = 4, regs: int | None = None
+    x: Tensor, weight: FragmentWeight, rows: Rows, out: Tensor, bm: int, *, gated: bool, active: int
 ) -> None:
-    """x bfloat16 [R, K] `ordered` for fragments; out [positions, width] (gated) or [choices, width]."""
+    """x bfloat16 [R, K] in the order of fragments. gated: out [positions, width], in that order too, `active` choices being made by a row;
+    else [choices, width]. Takes rows as a routing schedule gives them."""
     _, outputs, blocks, _ = weight.words.shape
-    programs = outputs // 2
-    fragments_kernel[(rows.tiles, programs)](
+    stages, registers = TILINGS[gated, bm]
+    fragments_kernel[(rows.tiles, outputs // 2)](
         x, weight.words, weight.scale, weight.scale if weight.row_scale is None else weight.row_scale,
         rows.order, rows.expert, rows.start, rows.rows, out, out.shape[1], blocks,
-        A=active, GATED=gated, FORMAT=weight.form, BM=bm, BLOCKS=2 - blocks % 2, STAGES=stages, num_warps=4,
-        maxnreg=regs,
+        A=active, GATED=gated, FORMAT=weight.form, BM=bm, BLOCKS=2 - blocks % 2, STAGES=stages, num_warps=WARPS,
+        maxnreg=registers,
     )  # fmt: skip
+
+
+def cases() -> list[KernelCase]:
+    """At the model's shapes: gate and up [1408, 2816], down [2816, 704]."""
+    pointers = {"x": "*bf16:16", "words": "*i32:16", "scale": "*i32:16"}
+    indices = dict.fromkeys(("order", "expert", "start", "rows"), "*i32")
+    sizes = {"out": "*bf16:16", "width": "i32:16", "blocks": "i32"}
+    found = []
+    for form, (gated, bm) in product(("nvfp4", "int4"), TILINGS):
+        stages, registers = TILINGS[gated, bm]
+        row_scale = {"row_scale": "*fp32:16" if form == "nvfp4" else "*i32:16"}
+        constants = {"A": 8, "GATED": gated, "FORMAT": form, "BM": bm, "BLOCKS": 2 if gated else 1, "STAGES": stages}
+        found.append(
+            KernelCase(
+                name=f"experts_fragments[{form},{'gated' if gated else 'plain'},{bm},{stages}s]",
+                kernel=fragments_kernel,
+                signature=pointers | row_scale | indices | sizes,
+                constants=constants,
+                num_warps=WARPS,
+                num_stages=3,
+                most_registers=registers,
+                chips=(HOPPER,),
+            )
+        )
+    return found

@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
-from engine.kernels.chips import SHARED_LIMIT
+from engine.kernels.chips import HOPPER, SHARED_LIMIT
 from engine.kernels.grouped import BLOCK, E4M3_CHIPS, EightBit
-from engine.kernels.operands import EIGHT_BIT, PLAIN, Operand, Order, Orders, order_for, unwritten, values_of
+from engine.kernels.operands import EIGHT_BIT, FRAGMENTS, PLAIN, Operand, Order, Orders, order_for, unwritten, values_of
 from engine.kernels.readers import Entrance
 from engine.kernels.rounding import in_eight_bit
 from engine.kernels.tiles import column_of, rounded, widened
@@ -283,6 +283,7 @@ def cases() -> list[KernelCase]:
         for weighted in (True, False)
     ]
     found += [_attention_case(*orders) for orders in product(ORDERS, repeat=2)]
+    found += [_attention_case(mlp, FRAGMENTS) for mlp in ORDERS]
     found += [_layer_case(order) for order in ORDERS]
     for head_dim, kv_heads, count in ((256, 8, 32), (512, 2, 18)):
         found.append(
@@ -313,6 +314,7 @@ def _join_case(name: str, kernel: Any, signature: dict[str, str], sizes: dict[st
     told = " and ".join(
         order.form if order in (PLAIN, EIGHT_BIT) else " ".join(map(str, order)) for order in orders.values()
     )
+    chips = E4M3_CHIPS if EIGHT_BIT in orders.values() else tuple(SHARED_LIMIT)
     return KernelCase(
         name=f"{name}[{told}]",
         kernel=kernel,
@@ -320,7 +322,7 @@ def _join_case(name: str, kernel: Any, signature: dict[str, str], sizes: dict[st
         constants=constants,
         num_warps=WARPS,
         num_stages=3,
-        chips=E4M3_CHIPS if EIGHT_BIT in orders.values() else tuple(SHARED_LIMIT),
+        chips=(HOPPER,) if FRAGMENTS in orders.values() else chips,
     )
 
 

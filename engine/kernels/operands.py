@@ -17,6 +17,7 @@ from engine.kernels.grouped import BLOCK, FOUR_BIT, EightBit, Given
 from engine.kernels.readers import Reader
 from engine.kernels.rounding import round_rows
 from engine.kernels.tiles import ordered
+from engine.kernels.weights import FRAGMENT
 
 
 class Order(NamedTuple):
@@ -33,6 +34,7 @@ class Order(NamedTuple):
 
 PLAIN = Order("plain", BLOCK)
 EIGHT_BIT = Order("e4m3", BLOCK)
+FRAGMENTS = Order("fragment", FRAGMENT)
 
 
 def order_for(form: str, block: int) -> Order:

@@ -5,15 +5,17 @@ Invariant: no op lets the host read anything, and shapes depend on shapes only, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from functools import cache, partial
 
 import torch
 from torch import Tensor
 
 from engine.kernels.attention import ROW_ALIGN, attention
+from engine.kernels.chips import HOPPER, chip_of
 from engine.kernels.choosing import Choices
 from engine.kernels.experts import expert_way_of, experts, experts_order
+from engine.kernels.fragments import arrange_experts
 from engine.kernels.linears import gated_mlp, linear, order_of, way_of
 from engine.kernels.norms import join_attention, join_layer, qkv_norm_rope_write, rms_norm
 from engine.kernels.operands import PLAIN, Order
@@ -22,6 +24,7 @@ from engine.kernels.readers import Experts, Mlp, Reader
 from engine.kernels.reference import Ops
 from engine.kernels.routing import route
 from engine.kernels.soft_embedding import soft_embedding as sparse_embedding
+from engine.kernels.weights import Weight, plain
 
 
 @cache
@@ -48,6 +51,12 @@ def side_by_side(
     two = second()
     current.wait_stream(side)
     return one, two
+
+
+def lay_out(weights: MutableMapping[str, Weight]) -> None:
+    """Put weights as this chip's kernels want them in the place of those that come otherwise, and in their memory."""
+    if torch.cuda.is_available() and chip_of(plain(weights["embedding"]).device) == HOPPER:
+        arrange_experts(weights)
 
 
 def by_choice(choices: Choices) -> Ops:
