@@ -34,6 +34,7 @@ from engine.kernels.grouped import (
     stored,
     tiling,
 )
+from engine.kernels.launching import launch
 from engine.kernels.rounding import round_rows
 from engine.kernels.routing import Schedule, schedule
 from engine.kernels.tiles import ordered, rounded, widened
@@ -139,7 +140,7 @@ def experts_by(way: ExpertWay, x: Tensor, weights: Tensor, chosen: Tensor, gate_
     launch_matmul(round_rows(hidden) if second.form == "e4m3" else hidden, second, tiles, parts, bm)
     out = torch.empty_like(x)
     grid = (rows, triton.cdiv(second.out, SUM_COLUMNS))
-    sum_kernel[grid](parts, weights, out, second.out, A=active, LANES=SUM_COLUMNS, num_warps=4)
+    launch(sum_kernel, grid)(parts, weights, out, second.out, A=active, LANES=SUM_COLUMNS, num_warps=4)
     return out
 
 

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
+from engine.kernels.launching import launch
 from engine.kernels.tiles import rounded, widened
 
 WARPS = 8  # of a row of 2816: twelve numbers a thread
@@ -57,7 +58,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """As `reference.rms_norm`; x contiguous."""
     width = x.shape[-1]
     out = torch.empty_like(x)
-    rms_norm_kernel[(x.numel() // width,)](
+    launch(rms_norm_kernel, (x.numel() // width,))(
         x,
         x if weight is None else weight,
         out,
@@ -125,7 +126,7 @@ def qkv_norm_rope_write(
     kv_heads = keys.shape[2]
     query_heads = qk_weight.shape[0] - kv_heads
     queries = heads.new_empty(rows, query_heads, head_dim)
-    qkv_kernel[(rows, count // kv_heads)](
+    launch(qkv_kernel, (rows, count // kv_heads))(
         heads, qk_weight, cos, sin, queries, keys, values, where, eps,
         Q=query_heads, KV=kv_heads, N=count, D=head_dim, num_warps=4,
     )  # fmt: skip
@@ -165,7 +166,7 @@ def join_attention(
     """As `reference.join_attention`; all contiguous."""
     rows, width = x.shape
     h, mlp, experts, router = x.new_empty(4, rows, width).unbind()
-    join_attention_kernel[(rows,)](
+    launch(join_attention_kernel, (rows,))(
         x, projected, post_weight, mlp_weight, experts_weight, router_weight, h, mlp, experts, router, width, eps,
         LANES=triton.next_power_of_2(width), num_warps=WARPS,
     )  # fmt: skip
@@ -213,7 +214,7 @@ def join_layer(
     """As `reference.join_layer`; all contiguous."""
     rows, width = h.shape
     x, normed = h.new_empty(2, rows, width).unbind()
-    join_layer_kernel[(rows,)](
+    launch(join_layer_kernel, (rows,))(
         h, mlp, routed, mlp_weight, experts_weight, post_weight, scalars, modes, next_weight, x, normed, width, eps,
         LANES=triton.next_power_of_2(width), num_warps=WARPS,
     )  # fmt: skip
