@@ -14,6 +14,8 @@ from collections.abc import Callable, Hashable
 
 import torch
 
+from engine.kernels.launching import only_compiling
+
 logger = logging.getLogger(__name__)
 
 
@@ -40,8 +42,9 @@ class Graphs:
 
     def run(self, key: Hashable, work: Callable[[], None]) -> None:
         """Do `work`: the first time of a key as it is, which compiles kernels and sets libraries up, the second time
-        while capturing it, from then on by replaying."""
-        if not self._enabled:
+        while capturing it, from then on by replaying. Times when kernels are only compiled do not count: none of them
+        has been loaded then."""
+        if not self._enabled or only_compiling():
             work()
             return
         graph = self._graphs.get(key)

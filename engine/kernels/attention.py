@@ -23,6 +23,7 @@ from torch import Tensor
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import SHARED_LIMIT, chip_of
 from engine.kernels.grouped import CLASSES, rows_class
+from engine.kernels.launching import launch
 from engine.kernels.tiles import dot, rounded
 from engine.kernels.views import AttentionView
 from engine.pages import PAGE
@@ -173,7 +174,7 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView
     else:
         parts = torch.empty((tile.splits, *queries.shape), dtype=torch.float32, device=queries.device)
         sums = torch.empty((tile.splits, rows, heads), dtype=torch.float32, device=queries.device)
-    attention_kernel[(triton.cdiv(rows, tile.BM // group), kv_heads * tile.shares, tile.splits)](
+    launch(attention_kernel, (triton.cdiv(rows, tile.BM // group), kv_heads * tile.shares, tile.splits))(
         queries, keys, values, view.low, view.high, view.segment, view.table, out, parts, sums,
         rows, view.table.shape[1], heads,
         kv_heads=kv_heads, GROUP=group, D=head_dim, PAGE=PAGE, BM=tile.BM, BN=tile.BN, SPLITS=tile.splits,
@@ -181,7 +182,7 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView
     )  # fmt: skip
     if tile.splits > 1:
         count, bm = rows * heads, max(1, JOIN_ELEMENTS // head_dim)
-        join_kernel[(triton.cdiv(count, bm),)](
+        launch(join_kernel, (triton.cdiv(count, bm),))(
             parts, sums, out, count, D=head_dim, SPLITS=tile.splits, BM=bm, num_warps=4
         )
     return out.view(rows, heads * head_dim)

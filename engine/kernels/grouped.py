@@ -21,6 +21,7 @@ from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import SHARED_LIMIT, chip_of
+from engine.kernels.launching import launch
 from engine.kernels.tiles import accumulate, column_of, gelu_tanh, rounded, row_factor, row_of, x_tile
 from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, Weight, shape
 
@@ -275,7 +276,7 @@ def launch_gated(
     `active` choices are made by a row."""
     tile = tiling(weight.form, bm, weight.width, gated=True, chip=chip_of(weight.values.device))
     width = weight.out // 2
-    gated_kernel[(rows.tiles, triton.cdiv(width, tile.BN))](
+    launch(gated_kernel, (rows.tiles, triton.cdiv(width, tile.BN)))(
         *_pointers(x), weight.values, weight.scale, weight.row_scale, rows.order, rows.expert, rows.start, rows.rows,
         hidden, rows.count, width, weight.width, A=active, FORMAT=weight.form, FOLLOWING=following, FOLLOWING_BK=block,
         ROUTED=rows.routed, EVEN_K=tile.divides(weight.form, weight.width), **tile.constants, num_warps=tile.warps,
@@ -289,7 +290,7 @@ def launch_matmul(x: Given, weight: Stored, rows: Rows, out: Tensor, bm: int) ->
     tile = tiling(weight.form, bm, weight.width, gated=False, chip=chip_of(weight.values.device))
     parts = out.shape[0] if out.dim() == 3 else 1
     span = triton.cdiv(triton.cdiv(weight.width, tile.BK), parts) * tile.BK
-    matmul_kernel[(rows.tiles, triton.cdiv(weight.out, tile.BN), parts)](
+    launch(matmul_kernel, (rows.tiles, triton.cdiv(weight.out, tile.BN), parts))(
         *_pointers(x), weight.values, weight.scale, weight.row_scale, rows.order, rows.expert, rows.start, rows.rows,
         out, rows.count, weight.out, weight.width, span, FORMAT=weight.form, ROUTED=rows.routed, SPLIT=out.dim() == 3,
         EVEN_K=tile.divides(weight.form, weight.width), **tile.constants, num_warps=tile.warps, num_stages=tile.stages,

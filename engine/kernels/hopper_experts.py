@@ -24,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import HOPPER
 from engine.kernels.grouped import Rows
+from engine.kernels.launching import launch
 from engine.kernels.weights import FragmentWeight
 
 WARPS = 4  # one warp group
@@ -99,7 +100,7 @@ def _pair(words, scale, pair: gl.constexpr, FORMAT: gl.constexpr, layout: gl.con
 
 @gluon.jit
 def _values(words, scale, FORMAT: gl.constexpr, BLOCKS: gl.constexpr, acc: gl.constexpr):
-    """A stage's words and scales, in shared memory -> values bfloat16 [64, 64 BLOCKS], columns in the order of fragments."""
+    """A stage's words and scales, in shared memory -> values bfloat16 [64, 64 BLOCKS], in the order of fragments."""
     layout: gl.constexpr = _by_thread(BLOCKS)
     found = words.load(gl.BlockedLayout([4], [32], [4], [0]))
     found = gl.permute(
@@ -151,7 +152,8 @@ def fragments_kernel(
     PLAIN2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     stages = ()  # apart, so that the compiler sees that what is read is not what is being brought
     for _ in gl.static_range(STAGES):
-        stages = stages + (
+        stages = (
+            *stages,
             (
                 gl.allocate_shared_memory(gl.int32, [512 * BLOCKS], PLAIN),
                 gl.allocate_shared_memory(gl.int32, [512 * BLOCKS], PLAIN),
@@ -262,7 +264,7 @@ def launch_fragments(
     else [choices, width]. Takes rows as a routing schedule gives them."""
     _, outputs, blocks, _ = weight.words.shape
     stages, registers = TILINGS[gated, bm]
-    fragments_kernel[(rows.tiles, outputs // 2)](
+    launch(fragments_kernel, (rows.tiles, outputs // 2))(
         x, weight.words, weight.scale, weight.scale if weight.row_scale is None else weight.row_scale,
         rows.order, rows.expert, rows.start, rows.rows, out, out.shape[1], blocks,
         A=active, GATED=gated, FORMAT=weight.form, BM=bm, BLOCKS=2 - blocks % 2, STAGES=stages, num_warps=WARPS,

@@ -46,6 +46,7 @@ from engine.kernels.grouped import (
     stored,
     tiling,
 )
+from engine.kernels.launching import launch
 from engine.kernels.operands import EIGHT_BIT, PLAIN, Operand, Order, order_for, plain_rows, taken, values_of
 from engine.kernels.readers import Mlp
 from engine.kernels.rounding import round_rows
@@ -249,7 +250,7 @@ def _join(parts: Tensor, like: Tensor, *, order: Order | None) -> Tensor:
     count = parts.shape[0] if parts.dim() == 3 else 1
     rows, width = parts.shape[-2], parts.shape[-1] // (2 if gated else 1)
     out = parts.new_empty(rows, width, dtype=torch.bfloat16 if like.dtype.itemsize == 1 else like.dtype)
-    join_kernel[(rows, triton.cdiv(width, JOIN_COLUMNS))](
+    launch(join_kernel, (rows, triton.cdiv(width, JOIN_COLUMNS)))(
         parts, out, rows, width, count, GATED=gated, FOLLOWING=following, FOLLOWING_BK=block, LANES=JOIN_COLUMNS,
         num_warps=JOIN_WARPS,
     )  # fmt: skip

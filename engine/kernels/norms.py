@@ -21,6 +21,7 @@ from torch import Tensor
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import HOPPER, SHARED_LIMIT
 from engine.kernels.grouped import BLOCK, E4M3_CHIPS, EightBit
+from engine.kernels.launching import launch
 from engine.kernels.operands import EIGHT_BIT, FRAGMENTS, PLAIN, Operand, Order, Orders, order_for, unwritten, values_of
 from engine.kernels.readers import Entrance
 from engine.kernels.rounding import in_eight_bit
@@ -70,7 +71,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """As `reference.rms_norm`; x contiguous."""
     width = x.shape[-1]
     out = torch.empty_like(x)
-    rms_norm_kernel[(x.numel() // width,)](
+    launch(rms_norm_kernel, (x.numel() // width,))(
         x,
         x if weight is None else weight,
         out,
@@ -138,7 +139,7 @@ def qkv_norm_rope_write(
     kv_heads = keys.shape[2]
     query_heads = qk_weight.shape[0] - kv_heads
     queries = heads.new_empty(rows, query_heads, head_dim)
-    qkv_kernel[(rows, count // kv_heads)](
+    launch(qkv_kernel, (rows, count // kv_heads))(
         heads, qk_weight, cos, sin, queries, keys, values, where, eps,
         Q=query_heads, KV=kv_heads, N=count, D=head_dim, num_warps=4,
     )  # fmt: skip
@@ -202,7 +203,7 @@ def join_attention(
     h, router = x.new_empty(2, rows, width).unbind()
     mlp_order, experts_order = orders(mlp.reader, rows), orders(experts.reader, rows)
     mlp_rows, experts_rows = unwritten(x, mlp_order), unwritten(x, experts_order)
-    join_attention_kernel[(rows,)](
+    launch(join_attention_kernel, (rows,))(
         x, projected, post_weight, mlp.norm, experts.norm, router_weight, h, *_pointers(mlp_rows),
         *_pointers(experts_rows), router, width, eps, MLP=mlp_order.form, MLP_BK=mlp_order.block,
         EXPERTS=experts_order.form, EXPERTS_BK=experts_order.block, LANES=triton.next_power_of_2(width),
@@ -261,7 +262,7 @@ def join_layer(
     rows, width = h.shape
     order = orders(following.reader, rows)
     x, normed = torch.empty_like(h), unwritten(h, order)
-    join_layer_kernel[(rows,)](
+    launch(join_layer_kernel, (rows,))(
         h, mlp, parts, shares, mlp_weight, experts_weight, post_weight, scalars, modes, following.norm, x,
         *_pointers(normed), width, eps, A=shares.shape[1], NEXT=order.form, NEXT_BK=order.block,
         LANES=triton.next_power_of_2(width), num_warps=WARPS,

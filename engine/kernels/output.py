@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
+from engine.kernels.launching import launch
 from engine.kernels.output_filters import Found, bias_of, case, draw_filtered, filter_cases, short_cases
 from engine.kernels.output_tiles import LOWEST, exp2, filtered, first_above, heights, last, lifted, load_logits, rate_of
 from engine.kernels.reference_output import Draw, Reading
@@ -164,17 +165,17 @@ def read_logits(logits: Tensor, softcap: float, draw: Draw) -> Reading:
     bias, canvas = bias_of(draw, logits)
     even, biased = vocab % size == 0, draw.bias is not None
     how = (draw.temperature, draw.request_temperature, draw.top_k, draw.top_p, draw.min_p)
-    tile_kernel[(count, rows)](
+    launch(tile_kernel, (count, rows))(
         logits, bias, *how, tiles, peaks, vocab, canvas, softcap, rows,
         BIASED=biased, SHAPED=draw.shaped, EVEN=even, N=size, GROUP=GROUP, num_warps=READ_WARPS,
     )  # fmt: skip
-    row_kernel[(rows,)](
+    launch(row_kernel, (rows,))(
         logits, bias, *how, draw.uniforms, tiles, facts, best, entropy, drawn, vocab, canvas, softcap, rows, count,
         BIASED=biased, SHAPED=draw.shaped, EVEN=even, N=size, T=triton.next_power_of_2(count), num_warps=WARPS,
     )  # fmt: skip
     if draw.shaped:
         draw_filtered(logits, softcap, draw, Found(facts=facts, peaks=peaks, tile=size, group=GROUP), drawn)
-    write_kernel[(count, rows)](
+    launch(write_kernel, (count, rows))(
         logits, bias, draw.temperature, facts, probabilities, vocab, canvas, softcap, rows,
         BIASED=biased, EVEN=even, N=size, num_warps=WARPS,
     )  # fmt: skip

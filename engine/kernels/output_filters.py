@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
+from engine.kernels.launching import launch
 from engine.kernels.output_tiles import LOWEST, exp2, filtered, first_above, heights, last, rate_of
 from engine.kernels.reference_output import Draw
 
@@ -244,17 +245,17 @@ def draw_filtered(logits: Tensor, softcap: float, draw: Draw, found: Found, draw
     limits, left = (drawn.new_empty(rows, dtype=torch.int32) for _ in range(2))
     bias, canvas = bias_of(draw, logits)
     filters = (draw.request_temperature, draw.top_k, draw.top_p, draw.min_p)
-    shortlist_kernel[(rows,)](
+    launch(shortlist_kernel, (rows,))(
         *filters, found.facts, found.peaks, listed, limits, vocab, groups,
         GROUPS=GROUPS, G=triton.next_power_of_2(groups), num_warps=LIST_WARPS,
     )  # fmt: skip
     biased = draw.bias is not None
-    short_kernel[(rows,)](
+    launch(short_kernel, (rows,))(
         logits, bias, draw.temperature, *filters, draw.uniforms, found.facts, listed, limits, drawn, left,
         vocab, canvas, softcap, rows,
         BIASED=biased, GROUPS=GROUPS, GROUP=found.group, num_warps=SEARCH_WARPS,
     )  # fmt: skip
-    long_kernel[(rows,)](
+    launch(long_kernel, (rows,))(
         logits, bias, draw.temperature, *filters, draw.uniforms, found.facts, limits, left, drawn,
         vocab, canvas, softcap, rows, count,
         BIASED=biased, EVEN=vocab % found.tile == 0, N=found.tile, T=triton.next_power_of_2(count), PROBES=PROBES,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
 from engine.kernels.grouped import E4M3_CHIPS, EightBit
+from engine.kernels.launching import launch
 from engine.kernels.tiles import to_e4m3, widened
 
 LARGEST = tl.constexpr(448.0)  # of e4m3
@@ -46,7 +47,7 @@ def round_rows(x: Tensor) -> EightBit:
     rows, width = x.shape
     rounded = EightBit(x.new_empty(rows, width, dtype=torch.float8_e4m3fn), x.new_empty(rows, dtype=torch.float32))
     lanes = triton.next_power_of_2(width)
-    round_kernel[(rows,)](x, rounded.values, rounded.scale, width, LANES=lanes, num_warps=WARPS)
+    launch(round_kernel, (rows,))(x, rounded.values, rounded.scale, width, LANES=lanes, num_warps=WARPS)
     return rounded
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from engine.kernels.catalog import KernelCase
 from engine.kernels.grouped import consecutive, launch_matmul, matmul_cases, rows_class, stored
+from engine.kernels.launching import launch
 from engine.kernels.tiles import rounded, widened
 
 SCANS = (2048, 4096)  # choices read at once: the fewest passes whose choices still live in registers
@@ -87,7 +88,7 @@ def schedule(chosen: Tensor, experts: int, tile: int) -> Schedule:
     out = torch.empty(choices + 3 * tiles, dtype=torch.int32, device=chosen.device)
     order, expert, start, rows = out.split((choices, tiles, tiles, tiles))
     lanes = SCANS[0] if choices <= SCANS[0] else SCANS[1]
-    schedule_kernel[(experts,)](
+    launch(schedule_kernel, (experts,))(
         chosen, order, expert, start, rows, choices, TILE=tile, LANES=lanes, num_warps=SCAN_WARPS
     )
     return Schedule(order=order, expert=expert, start=start, rows=rows, tile=tile)
@@ -136,7 +137,7 @@ def choose(scores: Tensor, expert_scale: Tensor, top_k: int) -> tuple[Tensor, Te
     *parts, rows, experts = scores.shape
     weights = torch.empty(rows, top_k, dtype=torch.float32, device=scores.device)
     chosen = torch.empty(rows, top_k, dtype=torch.int64, device=scores.device)
-    choose_kernel[(rows,)](
+    launch(choose_kernel, (rows,))(
         scores, expert_scale, weights, chosen, rows, experts,
         PARTS=parts[0] if parts else 0,
         A=top_k,

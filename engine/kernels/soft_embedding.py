@@ -21,6 +21,7 @@ from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import SHARED_LIMIT, chip_of
+from engine.kernels.launching import launch
 from engine.kernels.output import tile_size
 from engine.kernels.tiles import dot, rounded, widened
 
@@ -207,14 +208,14 @@ def find_support(probabilities: Tensor) -> Support:
         lengths=new(rows, dtype=torch.int32),
         budget=vocab // SHARE,
     )
-    count_kernel[(tiles, rows)](
+    launch(count_kernel, (tiles, rows))(
         probabilities, counts, masses, vocab, rows, HIGH=HIGH_CUT, LOW=LOW_CUT, N=size, num_warps=FIND_WARPS
     )
-    cut_kernel[(rows,)](
+    launch(cut_kernel, (rows,))(
         counts, masses, cuts, starts, support.lengths, rows, tiles, support.budget,
         HIGH=HIGH_CUT, LOW=LOW_CUT, DROPPED=DROPPED, CAPACITY=CAPACITY, T=triton.next_power_of_2(tiles), num_warps=1,
     )  # fmt: skip
-    list_kernel[(tiles, rows)](
+    launch(list_kernel, (tiles, rows))(
         probabilities, cuts, starts, support.ids, support.weights, vocab,
         CAPACITY=CAPACITY, N=size, LANES=min(size, LIST_LANES), num_warps=FIND_WARPS,
     )  # fmt: skip
@@ -224,7 +225,7 @@ def find_support(probabilities: Tensor) -> Support:
 def add_support(support: Support, embedding: Tensor, scale: float, out: Tensor) -> None:
     """Store the expected embedding times scale in out [R, M], if the lists are used; embedding [V, M], contiguous."""
     rows, width = out.shape
-    add_kernel[(triton.cdiv(width, COLUMNS), rows)](
+    launch(add_kernel, (triton.cdiv(width, COLUMNS), rows))(
         support.ids, support.weights, support.lengths, embedding, out, rows, width, scale, support.budget,
         CAPACITY=CAPACITY, COLUMNS=COLUMNS, CHUNK=CHUNK, ROWS=triton.next_power_of_2(rows), num_warps=ADD_WARPS,
     )  # fmt: skip
@@ -239,12 +240,12 @@ def add_everything(probabilities: Tensor, support: Support, embedding: Tensor, s
     span = triton.cdiv(triton.cdiv(vocab, tile.BK), splits) * tile.BK
     parts = out.new_empty(splits, rows, width, dtype=torch.float32)
     lanes = triton.next_power_of_2(rows)
-    dense_kernel[(columns, triton.cdiv(rows, tile.BM), splits)](
+    launch(dense_kernel, (columns, triton.cdiv(rows, tile.BM), splits))(
         probabilities, embedding, support.lengths, parts, rows, vocab, width, support.budget, span,
         BM=tile.BM, BN=tile.BN, BK=tile.BK, EVEN=vocab % tile.BK == 0, ROWS=lanes,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    part_kernel[(triton.cdiv(width, COLUMNS), rows)](
+    launch(part_kernel, (triton.cdiv(width, COLUMNS), rows))(
         parts, support.lengths, out, rows, width, scale, support.budget, splits,
         COLUMNS=COLUMNS, ROWS=lanes, num_warps=ADD_WARPS,
     )  # fmt: skip

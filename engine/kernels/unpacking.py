@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
 from engine.kernels.grouped import BLOCK, POINTERS, Stored
+from engine.kernels.launching import launch
 from engine.kernels.tiles import decoded, rounded, row_factor, row_of, widened
 
 ROWS = 64
@@ -44,7 +45,7 @@ def unpack(weight: Stored) -> Tensor:
     """One matrix, bfloat16 [out, width]."""
     out = torch.empty(weight.out, weight.width, dtype=torch.bfloat16, device=weight.values.device)
     grid = (triton.cdiv(weight.out, ROWS), triton.cdiv(weight.width, BLOCK * STEPS))
-    unpack_kernel[grid](
+    launch(unpack_kernel, grid)(
         weight.values, weight.scale, weight.row_scale, out, weight.out, weight.width,
         FORMAT=weight.form, BN=ROWS, BK=BLOCK, STEPS=STEPS, num_warps=WARPS, num_stages=STAGES,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from engine.kernels import choosing, reference
 from engine.kernels.choosing import GAIN, Choices, GraphTimer, Run, choose, fastest
 from engine.kernels.experts import ExpertWay
 from engine.kernels.grouped import CLASSES
+from engine.kernels.launching import only_compiling
 from engine.kernels.linears import PARTS, Way
 from engine.kernels.readers import Mlp
 from engine.kernels.triton_ops import TRITON, by_choice
@@ -134,6 +135,49 @@ def test_a_failed_device_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None
 def test_plain_dense_layers_leave_nothing_to_choose() -> None:
     found = chosen(Clock({}), "plain", "nvfp4", CPU, eight_bit=False)
     assert not found.linears and len(found.experts) == len(CLASSES)
+
+
+def watched(monkeypatch: pytest.MonkeyPatch, *, refused: Sequence[str] = ()) -> list[tuple[str, str]]:
+    """What becomes of the ways to multiply, in order: ("compiled", way), and by a timer that runs them ("run", way)."""
+    seen: list[tuple[str, str]] = []
+
+    def multiply(x: Tensor, weight: Weight, following: Weight, way: Way, *_: object) -> Tensor:
+        seen.append(("compiled" if only_compiling() else "run", str(way)))
+        if str(way) in refused:
+            raise RuntimeError(f"{way} is not for this chip")
+        return torch.ones(2)
+
+    monkeypatch.setattr(choosing, "_multiply", multiply)
+    monkeypatch.setattr(choosing, "_choose_experts", lambda *_: None)
+    return seen
+
+
+def running(runs: Sequence[Run]) -> tuple[float, Tensor]:
+    return 10.0, next(iter([run() for run in runs]))
+
+
+@pytest.mark.parametrize("refused", [[], ["library"]])
+def test_all_that_is_offered_is_compiled_before_any_is_timed(
+    refused: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = watched(monkeypatch, refused=refused)
+    weights = layer_weights("fp8", "plain", CPU)
+    found = choose(weights, active=2, canvas=8, scale=8.0, eight_bit=True, time=running)
+    compiled = [way for state, way in seen if state == "compiled"]
+    assert [state for state, _ in seen[: len(compiled)]] == ["compiled"] * len(compiled)
+    assert set(compiled) == {way for state, way in seen if state == "run"}
+    # what is refused twice is told of once for each product
+    assert len([line for line in found.told if "is refused" in line]) == len(refused) * len(found.linears)
+
+
+def test_a_device_that_fails_while_ways_are_compiled_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def multiply(*_: object) -> Tensor:
+        raise torch.AcceleratorError("gone")
+
+    monkeypatch.setattr(choosing, "_multiply", multiply)
+    with pytest.raises(torch.AcceleratorError):
+        choose(layer_weights("fp8", "plain", CPU), active=2, canvas=8, scale=8.0, eight_bit=True, time=running)
+    assert not only_compiling()
 
 
 class Runs(Clock):
