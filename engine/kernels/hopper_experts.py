@@ -115,8 +115,22 @@ def _values(words, scale, FORMAT: gl.constexpr, BLOCKS: gl.constexpr, acc: gl.co
 
 
 @gluon.jit
+def _places(BM: gl.constexpr, BLOCKS: gl.constexpr):
+    """Shared memory of one stage: words and scales of both matrices' blocks, and a tile of x."""
+    plain: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    by_block: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    return (
+        gl.allocate_shared_memory(gl.int32, [512 * BLOCKS], plain),
+        gl.allocate_shared_memory(gl.int32, [BLOCKS, 64], by_block),
+        gl.allocate_shared_memory(gl.int32, [512 * BLOCKS], plain),
+        gl.allocate_shared_memory(gl.int32, [BLOCKS, 64], by_block),
+        gl.allocate_shared_memory(gl.bfloat16, [BM, 64 * BLOCKS], gl.NVMMASharedLayout(128, 16, 2)),
+    )
+
+
+@gluon.jit
 def _bring(words, scale, source, scale_source, start, BLOCKS: gl.constexpr):
-    """Begin to bring BLOCKS blocks from block `start` on."""
+    """Begin to bring BLOCKS blocks of one matrix from block `start` on."""
     at = gl.arange(0, 512 * BLOCKS, layout=gl.BlockedLayout([4], [32], [4], [0]))
     async_copy.async_copy_global_to_shared(words, source + start * 512 + at, eviction_policy="evict_first")
     flat: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [BLOCKS, 4 // BLOCKS], [1, 0])
@@ -124,6 +138,43 @@ def _bring(words, scale, source, scale_source, start, BLOCKS: gl.constexpr):
     row = gl.arange(0, 64, layout=gl.SliceLayout(0, flat))
     places = (start + block[:, None]) * 64 + row[None, :]
     async_copy.async_copy_global_to_shared(scale, scale_source + places)
+
+
+@gluon.jit
+def _bring_both(stage, words_one, scale_one, words_two, scale_two, start, BLOCKS: gl.constexpr):
+    _bring(stage[0], stage[1], words_one, scale_one, start, BLOCKS)
+    _bring(stage[2], stage[3], words_two, scale_two, start, BLOCKS)
+
+
+@gluon.jit
+def _finish(
+    one, two, row_scale, order, out, matrix, first, live_rows, width,
+    GATED: gl.constexpr, FORMAT: gl.constexpr, BM: gl.constexpr,
+):  # fmt: skip
+    """Scale a tile's sums [64, BM], and store what they make."""
+    ACC: gl.constexpr = one.type.layout
+    n = gl.program_id(1) * (64 if GATED else 128) + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
+    other = width if GATED else 64  # rows from one piece to the other
+    if FORMAT == "nvfp4":
+        scales = row_scale + matrix * (2 * width if GATED else width) + n
+        one = one * (gl.load(scales) * 256.0)[:, None]
+        two = two * (gl.load(scales + other) * 256.0)[:, None]
+    else:
+        one, two = one * 256.0, two * 256.0
+    lanes = gl.arange(0, BM, layout=gl.SliceLayout(0, ACC))
+    live = lanes < live_rows
+    position = first + gl.where(live, lanes, 0)
+    if GATED:
+        twice_root = 1.5957691216057308  # as tiles.gelu_tanh
+        gate = one / (1.0 + gl.exp(-twice_root * (one + 0.044715 * one * one * one)))
+        column = n // 32 * 32 + n // 4 % 2 * 16 + n // 2 % 2 * 8 + n // 8 % 4 * 2 + n % 2  # as tiles.column_of
+        target = out + (position.to(gl.int64)[None, :] * width + column[:, None])
+        gl.store(target, (gate * two).to(gl.bfloat16), mask=live[None, :])
+    else:
+        choice = gl.load(order + position).to(gl.int64)
+        target = out + (choice[None, :] * width + n[:, None])
+        gl.store(target, one.to(gl.bfloat16), mask=live[None, :])
+        gl.store(target + other, two.to(gl.bfloat16), mask=live[None, :])
 
 
 @gluon.jit
@@ -147,102 +198,53 @@ def fragments_kernel(
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     BK: gl.constexpr = 64 * BLOCKS
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [4, 1], [1, 0])
-    WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    PLAIN2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     stages = ()  # apart, so that the compiler sees that what is read is not what is being brought
     for _ in gl.static_range(STAGES):
-        stages = (
-            *stages,
-            (
-                gl.allocate_shared_memory(gl.int32, [512 * BLOCKS], PLAIN),
-                gl.allocate_shared_memory(gl.int32, [512 * BLOCKS], PLAIN),
-                gl.allocate_shared_memory(gl.int32, [BLOCKS, 64], PLAIN2),
-                gl.allocate_shared_memory(gl.int32, [BLOCKS, 64], PLAIN2),
-                gl.allocate_shared_memory(gl.bfloat16, [BM, BK], WIDE),
-            ),
-        )
+        stages = stages + (_places(BM, BLOCKS),)  # type: ignore[assignment]  # noqa: RUF005
     of_matrix = width // 64
-    if GATED:
-        one = matrix * 2 * of_matrix + gl.program_id(1)
-        two = one + of_matrix
-    else:
-        one = matrix * of_matrix + gl.program_id(1) * 2
-        two = one + 1
-    words_at_one, words_at_two = words + one * blocks * 512, words + two * blocks * 512
-    scale_at_one, scale_at_two = scale + one * blocks * 64, scale + two * blocks * 64
+    one = matrix * 2 * of_matrix + gl.program_id(1) if GATED else matrix * of_matrix + gl.program_id(1) * 2
+    two = one + (of_matrix if GATED else 1)
+    words_one, words_two = words + one * blocks * 512, words + two * blocks * 512
+    scale_one, scale_two = scale + one * blocks * 64, scale + two * blocks * 64
 
     lanes = gl.arange(0, BM, layout=gl.SliceLayout(1, COPY))
-    taken = lanes < live_rows
-    source = first + gl.where(taken, lanes, 0)
+    taken = (lanes < live_rows)[:, None]
+    source = first + gl.where(lanes < live_rows, lanes, 0)
     if GATED:
-        source = gl.load(order + source).to(gl.int32)
+        source = gl.load(order + source).to(gl.int32) // A
     count = blocks // BLOCKS
-    for stage in gl.static_range(STAGES - 1):  # what needs no row of x, so does not wait for which these are
-        if stage < count:
-            _bring(stages[stage][0], stages[stage][2], words_at_one, scale_at_one, stage * BLOCKS, BLOCKS)
-            _bring(stages[stage][1], stages[stage][3], words_at_two, scale_at_two, stage * BLOCKS, BLOCKS)
-    if GATED:
-        source = source // A
+    for at in gl.static_range(STAGES - 1):  # what needs no row of x, so does not wait to know which these are
+        if at < count:
+            _bring_both(stages[at], words_one, scale_one, words_two, scale_two, at * BLOCKS, BLOCKS)
     across = gl.arange(0, BK, layout=gl.SliceLayout(0, COPY))
     x_at = x + (source.to(gl.int64)[:, None] * (blocks * 64) + across[None, :])
-    for stage in gl.static_range(STAGES - 1):
-        if stage < count:
-            async_copy.async_copy_global_to_shared(stages[stage][4], x_at + stage * BK, mask=taken[:, None])
+    for at in gl.static_range(STAGES - 1):
+        if at < count:
+            async_copy.async_copy_global_to_shared(stages[at][4], x_at + at * BK, mask=taken)
         async_copy.commit_group()
+
     acc_one = gl.full([64, BM], 0.0, gl.float32, layout=ACC)
     acc_two = gl.full([64, BM], 0.0, gl.float32, layout=ACC)
     for turn in range(0, count, STAGES):
-        for at in gl.static_range(
-            STAGES
-        ):  # so that a stage's place is known, and no barrier is needed to tell them apart
+        for at in gl.static_range(STAGES):
             if turn + at < count:
                 async_copy.wait_group(STAGES - 2)
                 meet()  # all have this stage, and are done with the one before
-                ahead = turn + at + STAGES - 1
                 to: gl.constexpr = (at + STAGES - 1) % STAGES
+                ahead = turn + at + STAGES - 1
                 if ahead < count:
-                    _bring(stages[to][0], stages[to][2], words_at_one, scale_at_one, ahead * BLOCKS, BLOCKS)
-                    _bring(stages[to][1], stages[to][3], words_at_two, scale_at_two, ahead * BLOCKS, BLOCKS)
-                    async_copy.async_copy_global_to_shared(stages[to][4], x_at + ahead * BK, mask=taken[:, None])
+                    _bring_both(stages[to], words_one, scale_one, words_two, scale_two, ahead * BLOCKS, BLOCKS)
+                    async_copy.async_copy_global_to_shared(stages[to][4], x_at + ahead * BK, mask=taken)
                 async_copy.commit_group()
-                x_tile = stages[at][4].permute((1, 0))
-                values_one = _values(stages[at][0], stages[at][2], FORMAT, BLOCKS, ACC)
+                x_tile = stages[at][4].permute((1, 0))  # type: ignore[var-annotated]
+                values_one = _values(stages[at][0], stages[at][1], FORMAT, BLOCKS, ACC)
                 token_one = warpgroup_mma(values_one, x_tile, acc_one, is_async=True)
-                values_two = _values(stages[at][1], stages[at][3], FORMAT, BLOCKS, ACC)
+                values_two = _values(stages[at][2], stages[at][3], FORMAT, BLOCKS, ACC)
                 token_two = warpgroup_mma(values_two, x_tile, acc_two, is_async=True)
-                # not later: see attention
+                # not later: sums in flight at a loop's end make ptxas wait after every single instruction
                 acc_one, acc_two = warpgroup_mma_wait(0, deps=[token_one, token_two])
     async_copy.wait_group(0)
-
-    n = gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
-    if GATED:
-        n_one = gl.program_id(1) * 64 + n
-        n_two = n_one + width
-        matrix_rows = matrix * 2 * width
-    else:
-        n_one = gl.program_id(1) * 128 + n
-        n_two = n_one + 64
-        matrix_rows = matrix * width
-    if FORMAT == "nvfp4":
-        acc_one = acc_one * (gl.load(row_scale + matrix_rows + n_one) * 256.0)[:, None]
-        acc_two = acc_two * (gl.load(row_scale + matrix_rows + n_two) * 256.0)[:, None]
-    else:
-        acc_one, acc_two = acc_one * 256.0, acc_two * 256.0
-    taken = gl.arange(0, BM, layout=gl.SliceLayout(0, ACC))
-    live = taken < live_rows
-    position = first + gl.where(live, taken, 0)
-    if GATED:
-        twice_root = 1.5957691216057308
-        gate = acc_one / (1.0 + gl.exp(-twice_root * (acc_one + 0.044715 * acc_one * acc_one * acc_one)))
-        column = n_one // 32 * 32 + n_one // 4 % 2 * 16 + n_one // 2 % 2 * 8 + n_one // 8 % 4 * 2 + n_one % 2
-        target = out + (position.to(gl.int64)[None, :] * width + column[:, None])
-        gl.store(target, (gate * acc_two).to(gl.bfloat16), mask=live[None, :])
-    else:
-        choice = gl.load(order + position).to(gl.int64)
-        target = out + (choice[None, :] * width + n_one[:, None])
-        gl.store(target, acc_one.to(gl.bfloat16), mask=live[None, :])
-        gl.store(target + 64, acc_two.to(gl.bfloat16), mask=live[None, :])
+    _finish(acc_one, acc_two, row_scale, order, out, matrix, first, live_rows, width, GATED, FORMAT, BM)
 
 
 # Stages of a program's pipeline and, where a cap makes room for one more program, a thread's registers; by whether
@@ -260,8 +262,8 @@ TILINGS: Mapping[tuple[bool, int], tuple[int, int | None]] = {
 def launch_fragments(
     x: Tensor, weight: FragmentWeight, rows: Rows, out: Tensor, bm: int, *, gated: bool, active: int
 ) -> None:
-    """x bfloat16 [R, K] in the order of fragments. gated: out [positions, width], in that order too, `active` choices being made by a row;
-    else [choices, width]. Takes rows as a routing schedule gives them."""
+    """x bfloat16 [R, K] in the order of fragments. gated: out [positions, width], in that order too, `active` choices
+    being made by a row; else [choices, width]. Rows as a routing schedule gives them."""
     _, outputs, blocks, _ = weight.words.shape
     stages, registers = TILINGS[gated, bm]
     launch(fragments_kernel, (rows.tiles, outputs // 2))(
