@@ -3,10 +3,13 @@
     python -m tests.bench.attention_gluon              # errors and times, on an H100 or H200
     python -m tests.bench.attention_gluon --compile    # registers and shared memory, without one
 
-Triton runs a tile's scores, its softmax and its product with the values one after the other. Here the next tile's
-scores run while odds are made: keys and values come in tiles of 32 to two places each, and two warp groups share the
-rows and halve the columns, so nothing is computed twice. To become part of the engine it must be faster by a third;
-then it goes into `engine/kernels`.
+Where values are the keys before their weight and RoPE, and RoPE turns but TURNED columns of each half, a key is
+value * weight in all other columns. With queries that are multiplied by that weight beforehand (`folded`), scores need
+the values and the keys' turned columns only: 640 columns of a position are read instead of 1024, by L2 and by the
+tensor cores, and two tiles of 64 positions fit shared memory. They come by the bulk tensor copy engine. The next
+tile's scores follow this tile's product with the values at once: its values' place is free for the tile after the next
+while those scores and the next softmax run. Scores before the softmax would hide the softmax and bare the copies: both
+places would be taken until the product is done. To become part of the engine it must take half of the engine's time.
 """
 
 from __future__ import annotations
@@ -26,9 +29,12 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
+    mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels import attention as usual
 from engine.kernels.ahead_of_time import resources
@@ -37,20 +43,75 @@ from engine.kernels.views import AttentionView, Segment
 from engine.pages import PAGE as PAGE_LENGTH
 
 LOG2_E = gl.constexpr(1.4426950408889634)
-PAGE = gl.constexpr(PAGE_LENGTH)
+BN = gl.constexpr(PAGE_LENGTH)  # a tile is a page
+TURNED = gl.constexpr(64)  # columns of each half that RoPE turns
+PARTS = gl.constexpr(6)  # of a score's sum, each an instruction group of its own
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 LAUNCHES = 10  # in one captured graph
-HEADS, KV_HEADS, COLUMNS, BM, BN, WARPS = 16, 2, 512, 64, 32, 8
+HEADS, KV_HEADS, COLUMNS, BM, WARPS = 16, 2, 512, 64, 8
+WIDE = gl.NVMMASharedLayout(128, 16, 2)
 
 
 @gluon.jit
-def _copy(smem, source, page, base, kv_heads: gl.constexpr, head, layout: gl.constexpr):
-    """Begin to bring the rows of a tile, which lies in one page, to shared memory."""
-    BN: gl.constexpr = smem.shape[0]
-    D: gl.constexpr = smem.shape[1]
-    rows = page * PAGE + base % PAGE + gl.arange(0, BN, layout=gl.SliceLayout(1, layout))
-    columns = gl.arange(0, D, layout=gl.SliceLayout(0, layout))
-    async_copy.async_copy_global_to_shared(smem, source + ((rows * kv_heads + head)[:, None] * D + columns[None, :]))
+def _bring(keys, values, page, head, wanted, value, turned, stage, ready):
+    """Begin to bring a page's values and turned columns of keys to a place in shared memory, if they are wanted."""
+    D: gl.constexpr = value.shape[2]
+    there = ready.index(stage)
+    mbarrier.expect(there, (D + 2 * TURNED) * BN * 2, pred=wanted)
+    first = page * BN
+    tma.async_copy_global_to_shared(keys, [first, head * D], there, turned.index(2 * stage), pred=wanted)
+    tma.async_copy_global_to_shared(keys, [first, head * D + D // 2], there, turned.index(2 * stage + 1), pred=wanted)
+    tma.async_copy_global_to_shared(values, [first, head * D], there, value.index(stage), pred=wanted)
+
+
+@gluon.jit
+def _part(query, value, at: gl.constexpr, width: gl.constexpr, token):
+    return warpgroup_mma(
+        query.slice(at, width, dim=1), value.slice(at, width, dim=1).permute((1, 0)), token, is_async=True
+    )
+
+
+@gluon.jit
+def _scores(query, value, turned, stage, nought):
+    """Begin the scores of a tile: turned columns with keys, all others with values."""
+    D: gl.constexpr = value.shape[2]
+    HALF: gl.constexpr = D // 2
+    left = turned.index(2 * stage).permute((1, 0))
+    right = turned.index(2 * stage + 1).permute((1, 0))
+    rest = value.index(stage)
+    token = warpgroup_mma(query.slice(0, TURNED, dim=1), left, nought, use_acc=False, is_async=True)
+    token = warpgroup_mma(query.slice(HALF, TURNED, dim=1), right, token, is_async=True)
+    token = _part(query, rest, TURNED, TURNED, token)
+    token = _part(query, rest, 2 * TURNED, 2 * TURNED, token)
+    token = _part(query, rest, HALF + TURNED, TURNED, token)
+    return _part(query, rest, HALF + 2 * TURNED, 2 * TURNED, token)
+
+
+@gluon.jit
+def _weigh(scores, base, begin, end, best, total, odds_place, highest, PAIRS: gl.constexpr):
+    """Odds of a tile's scores, to shared memory; returns the new best and total, and by what sums shrink.
+
+    `total` is kept a column: warp groups exchange nothing but their best scores.
+    """
+    GROUPS: gl.constexpr = gl.num_warps() // 4
+    SCORES: gl.constexpr = scores.type.layout
+    BM: gl.constexpr = scores.shape[0]
+    position = base + gl.arange(0, BN, layout=gl.SliceLayout(0, SCORES))[None, :]
+    seen = (position >= begin[:, None]) & (position < end[:, None])
+    scores = gl.where(seen, scores, float("-inf"))
+    mine = gl.max(scores.reshape([BM, GROUPS, BN // GROUPS]), 2)
+    highest.store(mine)
+    # also: no warp group reads this tile's keys any more, in whose place the odds go
+    meet()
+    higher = gl.convert_layout(gl.max(highest.load(PAIRS), 1), gl.SliceLayout(1, SCORES), assert_trivial=True)
+    higher = gl.maximum(best, higher * LOG2_E)
+    calm = gl.where(higher == float("-inf"), 0.0, higher)
+    odds = gl.exp2(scores * LOG2_E - calm[:, None])
+    shrink = gl.exp2(best - calm)
+    odds_place.store(odds.to(gl.bfloat16))
+    fence_async_shared()
+    meet()
+    return higher, total * shrink[:, None] + odds, shrink
 
 
 @gluon.jit
@@ -64,25 +125,31 @@ def _places(first, split, rows, heads, head, GROUP: gl.constexpr, BM: gl.constex
 @gluon.jit
 def attention_kernel(
     queries, keys, values, low, high, segment, table, out, parts, sums, rows, width, heads,
-    kv_heads: gl.constexpr, GROUP: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    SPLITS: gl.constexpr,
+    GROUP: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, SPLITS: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
-    """As `engine.kernels.attention.attention_kernel` with SHARES = 1; PAGE a multiple of BN."""
+    """As `engine.kernels.attention.attention_kernel` with SHARES = 1, of folded queries.
+
+    keys, values: descriptors of [pages * BN, kv_heads * D], in boxes of TURNED and of D columns of a page.
+    """
     GROUPS: gl.constexpr = gl.num_warps() // 4  # warp groups, side by side over columns
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, BN // GROUPS, 16])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, 256, 16])
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, GROUPS], [16, D // GROUPS, 16])
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
     ROWS: gl.constexpr = gl.SliceLayout(1, SCORES)
-    WIDE: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    # a row's numbers of both warp groups, where SCORES has the row
+    PAIRS: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [8, 0]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0], [0, 0]], [], [BM, GROUPS]
+    )
     block = gl.program_id(0)
     head = gl.program_id(1)
     split = gl.program_id(2)
     first = block * (BM // GROUP)
 
     query = gl.allocate_shared_memory(gl.bfloat16, [BM, D], WIDE)
-    key = gl.allocate_shared_memory(gl.bfloat16, [2, BN, D], WIDE)
     value = gl.allocate_shared_memory(gl.bfloat16, [2, BN, D], WIDE)
-    shared_odds = gl.allocate_shared_memory(gl.bfloat16, [BM, BN], gl.NVMMASharedLayout(2 * BN, 16, 2))
+    turned = gl.allocate_shared_memory(gl.bfloat16, [4, BN, TURNED], WIDE)  # of two tiles, a left and a right part each
+    highest = gl.allocate_shared_memory(gl.float32, [BM, GROUPS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
 
     lanes = gl.arange(0, BM, layout=ROWS)
     row = first + lanes // GROUP
@@ -90,71 +157,57 @@ def attention_kernel(
     row = gl.where(live, row, first)
     begin = gl.load(low + row)
     end = gl.where(live, gl.load(high + row), 0)
-    start = gl.min(gl.where(end > begin, begin, 2147483647), 0) // BN * BN
-    stop = gl.max(end, 0)
-    tiles = gl.maximum((stop - start + BN - 1) // BN, 0)
-    from_tile = tiles * split // SPLITS
-    last = tiles * (split + 1) // SPLITS - 1
-    pages = table + gl.load(segment + first).to(gl.int64) * width
+    start = gl.min(gl.where(end > begin, begin, 2147483647), 0) // BN
+    tiles = gl.maximum((gl.max(end, 0) + BN - 1) // BN - start, 0)
+    from_tile = start + tiles * split // SPLITS
+    count = start + tiles * (split + 1) // SPLITS - from_tile
+    pages = table + gl.load(segment + first).to(gl.int64) * width + from_tile
 
     best = gl.full([BM], float("-inf"), gl.float32, layout=ROWS)
-    total = gl.full([BM], 0.0, gl.float32, layout=ROWS)
+    total = gl.full([BM, BN], 0.0, gl.float32, layout=SCORES)
     acc = gl.full([BM, D], 0.0, gl.float32, layout=SUMS)
     nought = gl.full([BM, BN], 0.0, gl.float32, layout=SCORES)
-    if last >= from_tile:
+    if count > 0:
+        for one in gl.static_range(2):
+            mbarrier.init(ready.index(one), count=1)
+        fence_async_shared()
+        meet()
+        _bring(keys, values, gl.load(pages), head, count > 0, value, turned, 0, ready)
+        _bring(keys, values, gl.load(pages + gl.minimum(1, count - 1)), head, count > 1, value, turned, 1, ready)
         asked, _ = _places(first, 0, rows, heads, head, GROUP, BM, gl.SliceLayout(1, COPY))
         asked = gl.minimum(asked, rows.to(gl.int64) * heads - 1)  # beyond the last row: anything, and never stored
         across = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
         async_copy.async_copy_global_to_shared(query, queries + (asked[:, None] * D + across[None, :]))
-        base = start + from_tile * BN
-        page = gl.load(pages + base // PAGE).to(gl.int64)
-        next_base = start + gl.minimum(from_tile + 1, last) * BN
-        next_page = gl.load(pages + next_base // PAGE).to(gl.int64)
-        _copy(key.index(0), keys, page, base, kv_heads, head, COPY)
         async_copy.commit_group()
-        _copy(key.index(1), keys, next_page, next_base, kv_heads, head, COPY)
-        _copy(value.index(0), values, page, base, kv_heads, head, COPY)
-        async_copy.commit_group()
-        far_base = start + gl.minimum(from_tile + 2, last) * BN
-        far_page = gl.load(pages + far_base // PAGE).to(gl.int64)
-        async_copy.wait_group(1)
+        async_copy.wait_group(0)
         fence_async_shared()
         meet()
-        token = warpgroup_mma(query, key.index(0).permute((1, 0)), nought, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=[token])
-        for tile in range(from_tile, last + 1):
-            at = (tile - from_tile) % 2
-            async_copy.wait_group(0)  # this tile's values and the next one's keys are there
-            fence_async_shared()
-            meet()  # and all warps are done with what the last tile used
-            following = warpgroup_mma(query, key.index(1 - at).permute((1, 0)), nought, use_acc=False, is_async=True)
-            _copy(key.index(at), keys, far_page, far_base, kv_heads, head, COPY)
-            _copy(value.index(1 - at), values, next_page, next_base, kv_heads, head, COPY)
-            async_copy.commit_group()
-            next_page, next_base = far_page, far_base
-            far_base = start + gl.minimum(tile + 3, last) * BN
-            far_page = gl.load(pages + far_base // PAGE).to(gl.int64)
-            position = start + tile * BN + gl.arange(0, BN, layout=gl.SliceLayout(0, SCORES))[None, :]
-            seen = (position >= begin[:, None]) & (position < end[:, None])
-            scores = gl.where(seen, scores * LOG2_E, float("-inf"))
-            higher = gl.maximum(best, gl.max(scores, 1))
-            calm = gl.where(higher == float("-inf"), 0.0, higher)
-            odds = gl.exp2(scores - calm[:, None])
-            shrink = gl.exp2(best - calm)
-            total = total * shrink + gl.sum(odds, 1)
-            best = higher
-            shared_odds.store(odds.to(gl.bfloat16))
-            fence_async_shared()
-            meet()
-            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS))[:, None]
-            product = warpgroup_mma(shared_odds, value.index(at), acc, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=[following])
-            # not later, though the next tile's odds could be made meanwhile: an accumulator that is in flight from one
-            # turn of a loop to the next makes ptxas wait after every single instruction
-            acc = warpgroup_mma_wait(0, deps=[product])
-        async_copy.wait_group(0)
-    divisor = gl.where(total == 0.0, 1.0, total)
-    acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, SUMS))[:, None]
+        mbarrier.wait(ready.index(0), 0)
+        scores = warpgroup_mma_wait(0, deps=[_scores(query, value, turned, 0, nought)])
+        for tile in range(0, count - 1):
+            stage = tile % 2
+            base = (from_tile + tile) * BN
+            page = gl.load(pages + gl.minimum(tile + 2, count - 1))
+            odds = turned.index(2 * stage)
+            best, total, shrink = _weigh(scores, base, begin, end, best, total, odds, highest, PAIRS)
+            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS), assert_trivial=True)[:, None]
+            product = warpgroup_mma(odds, value.index(stage), acc, is_async=True)
+            mbarrier.wait(ready.index(1 - stage), (tile + 1) // 2 % 2)
+            following = _scores(query, value, turned, 1 - stage, nought)
+            acc = warpgroup_mma_wait(PARTS, deps=[product])
+            meet()  # both warp groups are done with this tile's place
+            _bring(keys, values, page, head, tile + 2 < count, value, turned, stage, ready)
+            # what is in flight from one turn of a loop to the next makes ptxas wait after every single instruction
+            scores = warpgroup_mma_wait(0, deps=[following])
+        stage = (count - 1) % 2
+        base = (from_tile + count - 1) * BN
+        odds = turned.index(2 * stage)
+        best, total, shrink = _weigh(scores, base, begin, end, best, total, odds, highest, PAIRS)
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS), assert_trivial=True)[:, None]
+        acc = warpgroup_mma(odds, value.index(stage), acc)
+    whole = gl.sum(total, 1)
+    divisor = gl.where(whole == 0.0, 1.0, whole)
+    acc = acc / gl.convert_layout(divisor, gl.SliceLayout(1, SUMS), assert_trivial=True)[:, None]
     columns = gl.arange(0, D, layout=gl.SliceLayout(0, SUMS))
     place, kept = _places(first, split, rows, heads, head, GROUP, BM, gl.SliceLayout(1, SUMS))
     if SPLITS == 1:
@@ -162,11 +215,16 @@ def attention_kernel(
     else:
         gl.store(parts + (place[:, None] * D + columns[None, :]), acc, mask=kept[:, None])
         place, kept = _places(first, split, rows, heads, head, GROUP, BM, ROWS)
-        gl.store(sums + place, gl.where(total == 0.0, float("-inf"), best + gl.log2(divisor)), mask=kept)
+        gl.store(sums + place, gl.where(whole == 0.0, float("-inf"), best + gl.log2(divisor)), mask=kept)
+
+
+def described(stored: Tensor, columns: int) -> TensorDescriptor:
+    """[pages, BN, kv_heads, D] in boxes of so many columns of a page."""
+    return TensorDescriptor.from_tensor(stored.flatten(2).flatten(0, 1), [PAGE_LENGTH, columns], WIDE)
 
 
 def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView, splits: int) -> Tensor:
-    """As `engine.kernels.attention.attention`, for 8 query heads of 512 columns a key head."""
+    """As `engine.kernels.attention.attention`, of folded queries, 8 heads of 512 columns a key head."""
     rows, heads, columns = queries.shape
     kv_heads = keys.shape[2]
     group = heads // kv_heads
@@ -174,9 +232,10 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView
     parts = queries.new_empty((splits, *queries.shape), dtype=torch.float32)
     sums = queries.new_empty((splits, rows, heads), dtype=torch.float32)
     attention_kernel[(triton.cdiv(rows, BM // group), kv_heads, splits)](
-        queries, keys, values, view.low, view.high, view.segment, view.table, out, parts, sums,
+        queries, described(keys, TURNED.value), described(values, columns),
+        view.low, view.high, view.segment, view.table, out, parts, sums,
         rows, view.table.shape[1], heads,
-        kv_heads=kv_heads, GROUP=group, D=columns, BM=BM, BN=BN, SPLITS=splits, num_warps=WARPS,
+        GROUP=group, D=columns, BM=BM, SPLITS=splits, WIDE=WIDE, num_warps=WARPS,
     )  # fmt: skip
     if splits > 1:
         count, bm = rows * heads, usual.JOIN_ELEMENTS // columns
@@ -184,8 +243,18 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView
     return out.view(rows, heads * columns)
 
 
-def inputs(rows: int, prefix: int, *, canvas: bool) -> tuple[Tensor, Tensor, Tensor, AttentionView]:
-    """Random rows behind so many positions, whose pages lie anywhere."""
+def turned_columns() -> Tensor:
+    """Which of a head's columns RoPE turns. [D] bool"""
+    return torch.arange(COLUMNS, device="cuda") % (COLUMNS // 2) < TURNED.value
+
+
+def inputs(
+    rows: int, prefix: int, *, canvas: bool, window: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, AttentionView]:
+    """Random rows behind so many positions, whose pages lie anywhere: queries, the same folded, keys, values, view.
+
+    `window`: how far a row sees back; 0 is to the first position.
+    """
     total = prefix + rows
     pages = -(-total // PAGE_LENGTH)
     draw = torch.Generator("cuda").manual_seed(0)
@@ -193,26 +262,52 @@ def inputs(rows: int, prefix: int, *, canvas: bool) -> tuple[Tensor, Tensor, Ten
     def noise(*shape: int) -> Tensor:
         return torch.randn(shape, device="cuda", generator=draw).bfloat16()
 
-    high = torch.full((rows,), total, device="cuda") if canvas else prefix + 1 + torch.arange(rows, device="cuda")
+    each = prefix + torch.arange(rows, device="cuda")
+    high = torch.full_like(each, total) if canvas else each + 1
+    low = (each + 1 - window).clamp(min=0) if window else torch.zeros_like(each)
     nothing = torch.zeros(rows, dtype=torch.int32, device="cuda")
     view = AttentionView(
         segments=(Segment(0, rows, canvas, prefix),),
-        low=nothing,
+        low=low.int(),
         high=high.int(),
         segment=nothing,
         table=torch.randperm(pages, device="cuda").int()[None],
         where=nothing,
     )
-    stored = (pages, PAGE_LENGTH, KV_HEADS, COLUMNS)
-    return noise(rows, HEADS, COLUMNS) * COLUMNS**-0.5, noise(*stored), noise(*stored), view
+    values = noise(pages, PAGE_LENGTH, KV_HEADS, COLUMNS)
+    weight = 0.5 + torch.rand(COLUMNS, device="cuda", generator=draw)
+    turned = turned_columns()
+    keys = torch.where(turned, noise(*values.shape), (values * weight).bfloat16())
+    queries = noise(rows, HEADS, COLUMNS) * COLUMNS**-0.5
+    folded = torch.where(turned, queries, (queries * weight).bfloat16())
+    return queries, folded, keys, values, view
+
+
+def exact(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView) -> Tensor:
+    """In float32, with all scores at once."""
+    rows, heads, columns = queries.shape
+    group = heads // keys.shape[2]
+    pages = view.table[0].long()
+    key, value = (x[pages].flatten(0, 1).float().repeat_interleave(group, 1) for x in (keys, values))
+    scores = torch.einsum("rhd,phd->hrp", queries.float(), key)
+    position = torch.arange(key.shape[0], device=key.device)
+    seen = (position >= view.low[:, None]) & (position < view.high[:, None])
+    odds = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+    return torch.einsum("hrp,phd->rhd", odds, value).reshape(rows, heads * columns)
+
+
+def apart(result: Tensor, expected: Tensor) -> float:
+    return float((result.float() - expected.float()).norm() / expected.float().norm())
 
 
 def compiled() -> None:
     """Print what the kernel needs."""
-    pointers = dict.fromkeys(("queries", "keys", "values", "out"), "*bf16")
+    pointers = dict.fromkeys(("queries", "out"), "*bf16")
     pointers |= dict.fromkeys(("low", "high", "segment", "table"), "*i32") | dict.fromkeys(("parts", "sums"), "*fp32")
-    constants = {"kv_heads": KV_HEADS, "GROUP": HEADS // KV_HEADS, "D": COLUMNS, "BM": BM, "BN": BN, "SPLITS": 2}
-    signature = pointers | dict.fromkeys(("rows", "width", "heads"), "i32") | dict.fromkeys(constants, "constexpr")
+    boxes = {"keys": TURNED.value, "values": COLUMNS}
+    constants = {"GROUP": HEADS // KV_HEADS, "D": COLUMNS, "BM": BM, "SPLITS": 2, "WIDE": WIDE}
+    signature = pointers | {name: f"tensordesc<bf16[{PAGE_LENGTH}, {width}],{WIDE}>" for name, width in boxes.items()}
+    signature |= dict.fromkeys(("rows", "width", "heads"), "i32") | dict.fromkeys(constants, "constexpr")
     order = attention_kernel.arg_names
     source = GluonASTSource(
         fn=attention_kernel,
@@ -235,21 +330,29 @@ def main() -> int:
         print("attention_gluon: needs a GPU of capability 9.0", file=sys.stderr)
         return 2
     time, found = GraphTimer(), []
-    for title, rows, prefix, canvas in (
-        ("canvas behind 0", 256, 0, True),
-        ("canvas behind 512", 256, 512, True),
-        ("canvas behind 8192", 256, 8192, True),
-        ("canvas behind 32768", 256, 32768, True),
-        ("prompt of 2048 behind 4096", 2048, 4096, False),
-        ("prompt of 100 behind 1023", 100, 1023, False),
+    torch.backends.cuda.matmul.allow_tf32 = False
+    for title, rows, prefix, canvas, window in (
+        ("canvas behind 0", 256, 0, True, 0),
+        ("canvas behind 512", 256, 512, True, 0),
+        ("canvas behind 8192", 256, 8192, True, 0),
+        ("canvas behind 32768", 256, 32768, True, 0),
+        ("prompt of 2048 behind 4096", 2048, 4096, False, 0),
+        ("prompt of 100 behind 1023", 100, 1023, False, 0),
+        ("prompt of 100 behind 1023, window of 300", 100, 1023, False, 300),
     ):
-        given = inputs(rows, prefix, canvas=canvas)
+        queries, folded, keys, values, view = inputs(rows, prefix, canvas=canvas, window=window)
         times: dict[str, float] = {}
-        errors: dict[int, float] = {}
-        times["engine"], expected = time([partial(usual.attention, *given)] * LAUNCHES)
+        errors: dict[str, float] = {}
+        times["engine"], expected = time([partial(usual.attention, queries, keys, values, view)] * LAUNCHES)
+        truth = exact(queries, keys, values, view) if rows * prefix < 1 << 18 else None
+        if truth is not None:
+            errors["engine, of exact"] = apart(expected, truth)
         for splits in (1, 2, 4):
-            times[f"gluon, {splits} splits"], result = time([partial(attention, *given, splits)] * LAUNCHES)
-            errors[splits] = float((result.float() - expected.float()).norm() / expected.float().norm())
+            name = f"gluon, {splits} splits"
+            times[name], result = time([partial(attention, folded, keys, values, view, splits)] * LAUNCHES)
+            errors[name] = apart(result, expected)
+            if truth is not None:
+                errors[f"{name}, of exact"] = apart(result, truth)
         found.append({"case": title, "microseconds": times, "errors": errors})
         print(title, {name: round(taken, 1) for name, taken in times.items()}, errors, flush=True)
     print(json.dumps({"bench": "attention_gluon", "cases": found}))
