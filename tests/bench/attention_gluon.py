@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -45,6 +46,7 @@ from engine.pages import PAGE as PAGE_LENGTH
 LOG2_E = gl.constexpr(1.4426950408889634)
 BN = gl.constexpr(PAGE_LENGTH)  # a tile is a page
 TURNED = gl.constexpr(64)  # columns of each half that RoPE turns
+SLACK = gl.constexpr(8.0)
 PARTS = gl.constexpr(6)  # of a score's sum, each an instruction group of its own
 meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.7, 3.6
 LAUNCHES = 10  # in one captured graph
@@ -88,30 +90,46 @@ def _scores(query, value, turned, stage, nought):
 
 
 @gluon.jit
-def _weigh(scores, base, begin, end, best, total, odds_place, highest, PAIRS: gl.constexpr):
-    """Odds of a tile's scores, to shared memory; returns the new best and total, and by what sums shrink.
+def _moved(best, score):
+    """What is odds of one after a tile whose highest score is this; best + SLACK is -inf before the first."""
+    score *= LOG2_E
+    return gl.where(score > best + SLACK, score, best)
 
-    `total` is kept a column: warp groups exchange nothing but their best scores.
+
+@gluon.jit
+def _weigh(scores, base, begin, end, inner_from, inner_to, best, all_best, total, acc, odds_place, highest,
+           PAIRS: gl.constexpr, ALL: gl.constexpr):  # fmt: skip
+    """Odds of a tile's scores, to shared memory; returns best, all_best, total and acc with that tile considered.
+
+    `best` is a row's score of odds one. It moves only by SLACK or more, so that acc, 128 numbers a thread, is seldom
+    shrunk: until then odds are up to 2 ** SLACK. `all_best` is the same in every warp, so that all decide alike.
+    `total` is kept a column: warp groups exchange nothing but their highest scores.
     """
     GROUPS: gl.constexpr = gl.num_warps() // 4
     SCORES: gl.constexpr = scores.type.layout
+    SUMS: gl.constexpr = acc.type.layout
     BM: gl.constexpr = scores.shape[0]
-    position = base + gl.arange(0, BN, layout=gl.SliceLayout(0, SCORES))[None, :]
-    seen = (position >= begin[:, None]) & (position < end[:, None])
-    scores = gl.where(seen, scores, float("-inf"))
+    if (base < inner_from) | (base + BN > inner_to):
+        position = base + gl.arange(0, BN, layout=gl.SliceLayout(0, SCORES))[None, :]
+        seen = (position >= begin[:, None]) & (position < end[:, None])
+        scores = gl.where(seen, scores, float("-inf"))
     mine = gl.max(scores.reshape([BM, GROUPS, BN // GROUPS]), 2)
     highest.store(mine)
     # also: no warp group reads this tile's keys any more, in whose place the odds go
     meet()
     higher = gl.convert_layout(gl.max(highest.load(PAIRS), 1), gl.SliceLayout(1, SCORES), assert_trivial=True)
-    higher = gl.maximum(best, higher * LOG2_E)
+    higher = _moved(best, higher)
+    all_higher = _moved(all_best, gl.max(highest.load(ALL), 1))
+    moves = gl.max((all_higher > all_best).to(gl.int32), 0)
     calm = gl.where(higher == float("-inf"), 0.0, higher)
     odds = gl.exp2(scores * LOG2_E - calm[:, None])
-    shrink = gl.exp2(best - calm)
     odds_place.store(odds.to(gl.bfloat16))
     fence_async_shared()
+    shrink = gl.exp2(best - calm)
+    if moves != 0:
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS), assert_trivial=True)[:, None]
     meet()
-    return higher, total * shrink[:, None] + odds, shrink
+    return higher, all_higher, total * shrink[:, None] + odds, acc
 
 
 @gluon.jit
@@ -140,6 +158,9 @@ def attention_kernel(
     PAIRS: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [8, 0]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0], [0, 0]], [], [BM, GROUPS]
     )
+    ALL: gl.constexpr = gl.DistributedLinearLayout(  # every warp all of them
+        [[0, 1], [32, 0]], [[1, 0], [2, 0], [4, 0], [8, 0], [16, 0]], [[0, 0], [0, 0], [0, 0]], [], [BM, GROUPS]
+    )
     block = gl.program_id(0)
     head = gl.program_id(1)
     split = gl.program_id(2)
@@ -158,12 +179,15 @@ def attention_kernel(
     begin = gl.load(low + row)
     end = gl.where(live, gl.load(high + row), 0)
     start = gl.min(gl.where(end > begin, begin, 2147483647), 0) // BN
+    inner_from = gl.max(begin, 0)
+    inner_to = gl.min(end, 0)  # between the two all rows see all
     tiles = gl.maximum((gl.max(end, 0) + BN - 1) // BN - start, 0)
     from_tile = start + tiles * split // SPLITS
     count = start + tiles * (split + 1) // SPLITS - from_tile
     pages = table + gl.load(segment + first).to(gl.int64) * width + from_tile
 
     best = gl.full([BM], float("-inf"), gl.float32, layout=ROWS)
+    all_best = gl.full([BM], float("-inf"), gl.float32, layout=gl.SliceLayout(1, ALL))
     total = gl.full([BM, BN], 0.0, gl.float32, layout=SCORES)
     acc = gl.full([BM, D], 0.0, gl.float32, layout=SUMS)
     nought = gl.full([BM, BN], 0.0, gl.float32, layout=SCORES)
@@ -184,14 +208,15 @@ def attention_kernel(
         meet()
         mbarrier.wait(ready.index(0), 0)
         scores = warpgroup_mma_wait(0, deps=[_scores(query, value, turned, 0, nought)])
-        for tile in range(0, count - 1):
+        for tile in range(count - 1):
             stage = tile % 2
             base = (from_tile + tile) * BN
-            page = gl.load(pages + gl.minimum(tile + 2, count - 1))
             odds = turned.index(2 * stage)
-            best, total, shrink = _weigh(scores, base, begin, end, best, total, odds, highest, PAIRS)
-            acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS), assert_trivial=True)[:, None]
+            best, all_best, total, acc = _weigh(
+                scores, base, begin, end, inner_from, inner_to, best, all_best, total, acc, odds, highest, PAIRS, ALL
+            )
             product = warpgroup_mma(odds, value.index(stage), acc, is_async=True)
+            page = gl.load(pages + gl.minimum(tile + 2, count - 1))  # not sooner: the fence would wait for it
             mbarrier.wait(ready.index(1 - stage), (tile + 1) // 2 % 2)
             following = _scores(query, value, turned, 1 - stage, nought)
             acc = warpgroup_mma_wait(PARTS, deps=[product])
@@ -202,8 +227,9 @@ def attention_kernel(
         stage = (count - 1) % 2
         base = (from_tile + count - 1) * BN
         odds = turned.index(2 * stage)
-        best, total, shrink = _weigh(scores, base, begin, end, best, total, odds, highest, PAIRS)
-        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, SUMS), assert_trivial=True)[:, None]
+        best, all_best, total, acc = _weigh(
+            scores, base, begin, end, inner_from, inner_to, best, all_best, total, acc, odds, highest, PAIRS, ALL
+        )
         acc = warpgroup_mma(odds, value.index(stage), acc)
     whole = gl.sum(total, 1)
     divisor = gl.where(whole == 0.0, 1.0, whole)
@@ -248,13 +274,31 @@ def turned_columns() -> Tensor:
     return torch.arange(COLUMNS, device="cuda") % (COLUMNS // 2) < TURNED.value
 
 
-def inputs(
-    rows: int, prefix: int, *, canvas: bool, window: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, AttentionView]:
-    """Random rows behind so many positions, whose pages lie anywhere: queries, the same folded, keys, values, view.
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    title: str
+    rows: int
+    prefix: int
+    canvas: bool
+    window: int = 0  # how far a row sees back; 0 is to the first position
+    steep: float = 1.0  # how far a row's scores are apart; at 1 hardly any tile but the first moves the best
 
-    `window`: how far a row sees back; 0 is to the first position.
-    """
+
+CASES = (
+    Case(title="canvas behind 0", rows=256, prefix=0, canvas=True),
+    Case(title="canvas behind 512", rows=256, prefix=512, canvas=True),
+    Case(title="canvas behind 512, steep", rows=256, prefix=512, canvas=True, steep=12.0),
+    Case(title="canvas behind 8192", rows=256, prefix=8192, canvas=True),
+    Case(title="canvas behind 32768", rows=256, prefix=32768, canvas=True),
+    Case(title="prompt of 2048 behind 4096", rows=2048, prefix=4096, canvas=False),
+    Case(title="prompt of 100 behind 1023", rows=100, prefix=1023, canvas=False),
+    Case(title="prompt of 100 behind 1023, window of 300", rows=100, prefix=1023, canvas=False, window=300, steep=4.0),
+)
+
+
+def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, AttentionView]:
+    """Random rows behind a prefix whose pages lie anywhere: queries, the same folded, keys, values, view."""
+    rows, prefix, canvas, window = case.rows, case.prefix, case.canvas, case.window
     total = prefix + rows
     pages = -(-total // PAGE_LENGTH)
     draw = torch.Generator("cuda").manual_seed(0)
@@ -278,7 +322,7 @@ def inputs(
     weight = 0.5 + torch.rand(COLUMNS, device="cuda", generator=draw)
     turned = turned_columns()
     keys = torch.where(turned, noise(*values.shape), (values * weight).bfloat16())
-    queries = noise(rows, HEADS, COLUMNS) * COLUMNS**-0.5
+    queries = noise(rows, HEADS, COLUMNS) * (case.steep * COLUMNS**-0.5)
     folded = torch.where(turned, queries, (queries * weight).bfloat16())
     return queries, folded, keys, values, view
 
@@ -298,6 +342,27 @@ def exact(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView) ->
 
 def apart(result: Tensor, expected: Tensor) -> float:
     return float((result.float() - expected.float()).norm() / expected.float().norm())
+
+
+def measured(case: Case, time: GraphTimer) -> tuple[dict[str, float], dict[str, float]]:
+    """Microseconds, and how far results are apart: from the engine's, and in small cases from exact ones, of plain
+    queries and of folded ones, which shows the kernel without what folding rounds."""
+    queries, folded, keys, values, view = inputs(case)
+    time_of, apart_of = {}, {}
+    time_of["engine"], expected = time([partial(usual.attention, queries, keys, values, view)] * LAUNCHES)
+    small = case.rows * case.prefix < 1 << 18
+    if small:
+        truth = exact(queries, keys, values, view)
+        folded_truth = exact(folded, torch.where(turned_columns(), keys, values), values, view)
+        apart_of["engine, of exact"] = apart(expected, truth)
+    for splits in (1, 2, 4):
+        name = f"gluon, {splits} splits"
+        time_of[name], result = time([partial(attention, folded, keys, values, view, splits)] * LAUNCHES)
+        apart_of[name] = apart(result, expected)
+        if small:
+            apart_of[f"{name}, of exact"] = apart(result, truth)
+            apart_of[f"{name}, of exact folded"] = apart(result, folded_truth)
+    return time_of, apart_of
 
 
 def compiled() -> None:
@@ -330,31 +395,11 @@ def main() -> int:
         print("attention_gluon: needs a GPU of capability 9.0", file=sys.stderr)
         return 2
     time, found = GraphTimer(), []
-    torch.backends.cuda.matmul.allow_tf32 = False
-    for title, rows, prefix, canvas, window in (
-        ("canvas behind 0", 256, 0, True, 0),
-        ("canvas behind 512", 256, 512, True, 0),
-        ("canvas behind 8192", 256, 8192, True, 0),
-        ("canvas behind 32768", 256, 32768, True, 0),
-        ("prompt of 2048 behind 4096", 2048, 4096, False, 0),
-        ("prompt of 100 behind 1023", 100, 1023, False, 0),
-        ("prompt of 100 behind 1023, window of 300", 100, 1023, False, 300),
-    ):
-        queries, folded, keys, values, view = inputs(rows, prefix, canvas=canvas, window=window)
-        times: dict[str, float] = {}
-        errors: dict[str, float] = {}
-        times["engine"], expected = time([partial(usual.attention, queries, keys, values, view)] * LAUNCHES)
-        truth = exact(queries, keys, values, view) if rows * prefix < 1 << 18 else None
-        if truth is not None:
-            errors["engine, of exact"] = apart(expected, truth)
-        for splits in (1, 2, 4):
-            name = f"gluon, {splits} splits"
-            times[name], result = time([partial(attention, folded, keys, values, view, splits)] * LAUNCHES)
-            errors[name] = apart(result, expected)
-            if truth is not None:
-                errors[f"{name}, of exact"] = apart(result, truth)
-        found.append({"case": title, "microseconds": times, "errors": errors})
-        print(title, {name: round(taken, 1) for name, taken in times.items()}, errors, flush=True)
+    for case in CASES:
+        times, errors = measured(case, time)
+        found.append({"case": case.title, "microseconds": times, "errors": errors})
+        print(case.title, {name: round(taken, 1) for name, taken in times.items()})
+        print("    ", {name: float(f"{error:.1e}") for name, error in errors.items()}, flush=True)
     print(json.dumps({"bench": "attention_gluon", "cases": found}))
     return 0
 
