@@ -21,6 +21,7 @@ from engine.kernels.output import read_logits, soft_embedding
 from engine.kernels.reference import Ops
 from engine.kernels.routing import route
 from engine.kernels.soft_embedding import soft_embedding as sparse_embedding
+from engine.kernels.views import AttentionView
 
 
 @cache
@@ -45,6 +46,22 @@ def side_by_side(first: Callable[[], Tensor], second: Callable[[], Tensor]) -> t
     two = second()
     current.wait_stream(side)
     return one, two
+
+
+def attend(
+    heads: Tensor,
+    qk_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    keys: Tensor,
+    values: Tensor,
+    view: AttentionView,
+    turned: int,
+) -> Tensor:
+    """As `reference.attend`; all contiguous."""
+    queries = qkv_norm_rope_write(heads, qk_weight, cos, sin, eps, keys, values, view.where)
+    return attention(queries, keys, values, view)
 
 
 def by_choice(choices: Choices) -> Ops:
@@ -72,7 +89,7 @@ TRITON = Ops(
     rms_norm=rms_norm,
     linear=linear,
     qkv_norm_rope_write=qkv_norm_rope_write,
-    attention=attention,
+    attend=attend,
     join_attention=join_attention,
     join_layer=join_layer,
     gated_mlp=gated_mlp,

@@ -188,8 +188,8 @@ class DiffusionGemma:
         return (F.pad(x, (0, 0, 0, fill)) if fill else x).flatten(0, 1)
 
 
-def _rope_key(layer: LayerConfig) -> tuple[int, float, float]:
-    return layer.head_dim, layer.rope_theta, layer.rope_partial
+def _rope_key(layer: LayerConfig) -> tuple[int, float, int]:
+    return layer.head_dim, layer.rope_theta, layer.turned
 
 
 def _under(weights: Mapping[str, Weight], prefix: str) -> dict[str, Weight]:
