@@ -19,8 +19,20 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from engine.kernels import attention, experts, linears, norms, output, rounding, routing, soft_embedding, unpacking
+from engine.kernels import (
+    attention,
+    attention_hopper,
+    experts,
+    linears,
+    norms,
+    output,
+    rounding,
+    routing,
+    soft_embedding,
+    unpacking,
+)
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import SHARED_LIMIT
 
@@ -31,6 +43,7 @@ MODULES: tuple[Callable[[], list[KernelCase]], ...] = (
     rounding.cases,
     unpacking.cases,
     attention.cases,
+    attention_hopper.cases,
     norms.cases,
     output.cases,
     soft_embedding.cases,
@@ -64,7 +77,8 @@ def compile_case(case: KernelCase, chip: int) -> Needs:
     signature |= dict.fromkeys(case.constants, "constexpr")
     order = case.kernel.arg_names
     aligned = [name for name, kind in case.signature.items() if kind.endswith(":16")]
-    source = ASTSource(
+    sort = GluonASTSource if case.kernel.is_gluon() else ASTSource
+    source = sort(
         fn=case.kernel,
         signature={name: signature[name] for name in order},
         constexprs=dict(case.constants),

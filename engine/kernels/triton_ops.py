@@ -12,6 +12,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from engine.kernels import attention_hopper
 from engine.kernels.attention import ROW_ALIGN, attention
 from engine.kernels.choosing import Choices
 from engine.kernels.experts import experts
@@ -59,9 +60,12 @@ def attend(
     view: AttentionView,
     turned: int,
 ) -> Tensor:
-    """As `reference.attend`; all contiguous."""
-    queries = qkv_norm_rope_write(heads, qk_weight, cos, sin, eps, keys, values, view.where)
-    return attention(queries, keys, values, view)
+    """As `reference.attend`; all contiguous. Here both steps learn whether queries are folded."""
+    hopper = attention_hopper.serves(heads, qk_weight, keys, turned)
+    queries = qkv_norm_rope_write(
+        heads, qk_weight, cos, sin, eps, keys, values, view.where, folded_from=turned if hopper else None
+    )
+    return (attention_hopper.attention if hopper else attention)(queries, keys, values, view)
 
 
 def by_choice(choices: Choices) -> Ops:
