@@ -31,6 +31,11 @@ class LayerConfig:
     rope_theta: float
     rope_partial: float
 
+    @property
+    def turned(self) -> int:
+        """Columns of each half of a head that RoPE turns: the first ones."""
+        return int(self.rope_partial * self.head_dim // 2)
+
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:

@@ -19,12 +19,13 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from engine.kernels import (
     attention,
+    attention_hopper,
     experts,
-    hopper_experts,
+    experts_hopper,
     linears,
     norms,
     output,
@@ -39,11 +40,12 @@ from engine.kernels.chips import SHARED_LIMIT
 MODULES: tuple[Callable[[], list[KernelCase]], ...] = (
     routing.cases,
     experts.cases,
-    hopper_experts.cases,
+    experts_hopper.cases,
     linears.cases,
     rounding.cases,
     unpacking.cases,
     attention.cases,
+    attention_hopper.cases,
     norms.cases,
     output.cases,
     soft_embedding.cases,
@@ -77,7 +79,8 @@ def compile_case(case: KernelCase, chip: int) -> Needs:
     signature |= dict.fromkeys(case.constants, "constexpr")
     order = case.kernel.arg_names
     aligned = [name for name, kind in case.signature.items() if kind.endswith(":16")]
-    source = (GluonASTSource if isinstance(case.kernel, GluonJITFunction) else ASTSource)(
+    sort = GluonASTSource if case.kernel.is_gluon() else ASTSource
+    source = sort(
         fn=case.kernel,
         signature={name: signature[name] for name in order},
         constexprs=dict(case.constants),

@@ -165,27 +165,43 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView
     rows, heads, head_dim = queries.shape
     kv_heads = keys.shape[2]
     group = heads // kv_heads
-    if any(segment.first % ROW_ALIGN for segment in view.segments):
-        raise ValueError(f"segments must begin at multiples of {ROW_ALIGN}: {view.segments}")
+    require_aligned(view)
     tile = tiling(head_dim, group, queries.element_size(), chip_of(queries.device), rows)
     out = torch.empty_like(queries)
-    if tile.splits == 1:
-        parts = sums = out
-    else:
-        parts = torch.empty((tile.splits, *queries.shape), dtype=torch.float32, device=queries.device)
-        sums = torch.empty((tile.splits, rows, heads), dtype=torch.float32, device=queries.device)
+    parts, sums = parts_of(out, tile.splits)
     launch(attention_kernel, (triton.cdiv(rows, tile.BM // group), kv_heads * tile.shares, tile.splits))(
         queries, keys, values, view.low, view.high, view.segment, view.table, out, parts, sums,
         rows, view.table.shape[1], heads,
         kv_heads=kv_heads, GROUP=group, D=head_dim, PAGE=PAGE, BM=tile.BM, BN=tile.BN, SPLITS=tile.splits,
         SHARES=tile.shares, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    if tile.splits > 1:
-        count, bm = rows * heads, max(1, JOIN_ELEMENTS // head_dim)
+    join(parts, sums, out, tile.splits)
+    return out.flatten(1)
+
+
+def require_aligned(view: AttentionView) -> None:
+    """ValueError if a segment does not begin at a multiple of ROW_ALIGN."""
+    if any(segment.first % ROW_ALIGN for segment in view.segments):
+        raise ValueError(f"segments must begin at multiples of {ROW_ALIGN}: {view.segments}")
+
+
+def parts_of(out: Tensor, splits: int) -> tuple[Tensor, Tensor]:
+    """Memory for what each split makes of out [R, H, D]: parts float32 [splits, R, H, D] and sums float32
+    [splits, R, H]. One split needs none, and gets `out`."""
+    if splits == 1:
+        return out, out
+    parts = out.new_empty((splits, *out.shape), dtype=torch.float32)
+    return parts, parts.new_empty(parts.shape[:-1])
+
+
+def join(parts: Tensor, sums: Tensor, out: Tensor, splits: int) -> None:
+    """Write `out` from `parts_of` it; nothing to do for one split, which has written it."""
+    if splits > 1:
+        head_dim = out.shape[-1]
+        count, bm = out.numel() // head_dim, max(1, JOIN_ELEMENTS // head_dim)
         launch(join_kernel, (triton.cdiv(count, bm),))(
-            parts, sums, out, count, D=head_dim, SPLITS=tile.splits, BM=bm, num_warps=4
+            parts, sums, out, count, D=head_dim, SPLITS=splits, BM=bm, num_warps=4
         )
-    return out.view(rows, heads * head_dim)
 
 
 JOIN_ELEMENTS = 2048  # of one program: 16 a thread

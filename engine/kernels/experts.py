@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import chip_of
+from engine.kernels.experts_hopper import launch_fragments
 from engine.kernels.grouped import (
     BLOCK,
     E4M3_CHIPS,
@@ -34,7 +35,6 @@ from engine.kernels.grouped import (
     stored,
     tiling,
 )
-from engine.kernels.hopper_experts import launch_fragments
 from engine.kernels.operands import EIGHT_BIT, FRAGMENTS, Operand, Order, order_for, taken, values_of
 from engine.kernels.readers import Experts
 from engine.kernels.rounding import round_rows

@@ -3,7 +3,7 @@
 As checkpoints have them they lie row by row, so a tile of 64 rows is read in pieces of 32 or 64 bytes from as many
 places, which costs up to half of what DRAM gives. As fragments, a block of 64 rows and columns is 2 KiB in one piece, a
 thread's words lie one after the other, and a word's bits are arranged so that decoding takes few instructions. Plain
-tensor operations; `weights.FragmentWeight` says what is where, `hopper_experts` multiplies.
+tensor operations; `weights.FragmentWeight` says what is where, `experts_hopper` multiplies.
 
 Invariant: what a weight stands for stays the same, bit for bit.
 """

@@ -87,11 +87,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 @triton.jit
 def qkv_kernel(
     heads, qk_weight, cos, sin, queries, keys, values, where, eps,
-    Q: tl.constexpr, KV: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    Q: tl.constexpr, KV: tl.constexpr, N: tl.constexpr, D: tl.constexpr, FOLDED_FROM: tl.constexpr,
 ):  # fmt: skip
     """One program a row and KV of its N heads, so that all of a program's heads are of one sort.
 
     N = Q + 2 KV: queries, keys, values. N = Q + KV: the keys before their weights and RoPE are the values too.
+    Queries are folded in the columns of each half from FOLDED_FROM on; with D // 2 in none.
     """
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * KV
@@ -109,9 +110,14 @@ def qkv_kernel(
         tl.store(values + stored + D // 2, _as(right, heads), mask=kept)
     if first < Q + KV:
         weight = qk_weight + head * D + half
+        left, right = left * tl.load(weight), right * tl.load(weight + D // 2)
+        if FOLDED_FROM < D // 2 and first < Q:
+            # rounded once, below: scores are then as far off as the reference's; rounded before too, a sixth further
+            key_weight, folded = qk_weight + (Q + head // (Q // KV)) * D + half, half >= FOLDED_FROM
+            left *= tl.load(key_weight, mask=folded, other=1.0)
+            right *= tl.load(key_weight + D // 2, mask=folded, other=1.0)
         # as the reference: normed heads are rounded before they are turned
-        left = widened(_as(left * tl.load(weight), heads))
-        right = widened(_as(right * tl.load(weight + D // 2), heads))
+        left, right = widened(_as(left, heads)), widened(_as(right, heads))
         turn = row * D + half
         turned = left * widened(tl.load(cos + turn)) + right * widened(tl.load(sin + turn))
         turned_right = right * widened(tl.load(cos + turn + D // 2)) + left * widened(tl.load(sin + turn + D // 2))
@@ -133,15 +139,22 @@ def qkv_norm_rope_write(
     keys: Tensor,
     values: Tensor,
     where: Tensor,
+    *,
+    folded_from: int | None = None,
 ) -> Tensor:
-    """As `reference.qkv_norm_rope_write`; all contiguous, the number of query heads a multiple of the key heads'."""
+    """As `reference.qkv_norm_rope_write`; all contiguous, the number of query heads a multiple of the key heads'.
+
+    `folded_from`: queries come multiplied by their key head's weight in the columns of each half from this one on, for
+    who multiplies them there with keys before their weight. RoPE must not turn these.
+    """
     rows, count, head_dim = heads.shape
     kv_heads = keys.shape[2]
     query_heads = qk_weight.shape[0] - kv_heads
     queries = heads.new_empty(rows, query_heads, head_dim)
     launch(qkv_kernel, (rows, count // kv_heads))(
         heads, qk_weight, cos, sin, queries, keys, values, where, eps,
-        Q=query_heads, KV=kv_heads, N=count, D=head_dim, num_warps=4,
+        Q=query_heads, KV=kv_heads, N=count, D=head_dim,
+        FOLDED_FROM=head_dim // 2 if folded_from is None else folded_from, num_warps=4,
     )  # fmt: skip
     return queries
 
@@ -286,14 +299,15 @@ def cases() -> list[KernelCase]:
     found += [_attention_case(*orders) for orders in product(ORDERS, repeat=2)]
     found += [_attention_case(mlp, FRAGMENTS) for mlp in ORDERS]
     found += [_layer_case(order) for order in ORDERS]
-    for head_dim, kv_heads, count in ((256, 8, 32), (512, 2, 18)):
+    for head_dim, kv_heads, count, folded_from in ((256, 8, 32, 128), (512, 2, 18, 256), (512, 2, 18, 64)):
+        folded = ",folded" if folded_from < head_dim // 2 else ""
         found.append(
             KernelCase(
-                name=f"qkv[{head_dim}]",
+                name=f"qkv[{head_dim}{folded}]",
                 kernel=qkv_kernel,
                 signature=dict.fromkeys(("heads", "cos", "sin", "queries", "keys", "values"), ROW)
                 | {"qk_weight": VECTOR, "where": "*i32:16", "eps": "fp32"},
-                constants={"Q": 16, "KV": kv_heads, "N": count, "D": head_dim},
+                constants={"Q": 16, "KV": kv_heads, "N": count, "D": head_dim, "FOLDED_FROM": folded_from},
                 num_warps=4,
                 num_stages=3,
             )

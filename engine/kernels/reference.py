@@ -105,6 +105,24 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView
     return out.flatten(1)
 
 
+def attend(
+    heads: Tensor,
+    qk_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    keys: Tensor,
+    values: Tensor,
+    view: AttentionView,
+    turned: int,
+) -> Tensor:
+    """`qkv_norm_rope_write`, then `attention` of its queries: returns [R, H * D].
+
+    `turned`: the columns of each half from this one on have cos 1 and sin 0.
+    """
+    return attention(qkv_norm_rope_write(heads, qk_weight, cos, sin, eps, keys, values, view.where), keys, values, view)
+
+
 def _page_by_page(segment: Segment, high: list[int]) -> Iterator[tuple[int, int | None]]:
     """A commit's rows in runs that end with a page or where an image begins or ends: their number, and what an image's
     rows see up to; None for text. An image's last row sees what it would as text, and is taken so."""
@@ -310,7 +328,7 @@ class Ops:
     rms_norm: Callable[[Tensor, Tensor | None, float], Tensor]
     linear: Callable[[Operand, Weight], Tensor]
     qkv_norm_rope_write: Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor, Tensor, Tensor], Tensor]
-    attention: Callable[[Tensor, Tensor, Tensor, AttentionView], Tensor]
+    attend: Callable[[Tensor, Tensor, Tensor, Tensor, float, Tensor, Tensor, AttentionView, int], Tensor]
     join_attention: Callable[
         [Tensor, Tensor, Tensor, Entrance, Entrance, Tensor, float], tuple[Tensor, Operand, Operand, Tensor]
     ]
@@ -332,7 +350,7 @@ REFERENCE = Ops(
     rms_norm=rms_norm,
     linear=linear,
     qkv_norm_rope_write=qkv_norm_rope_write,
-    attention=attention,
+    attend=attend,
     join_attention=join_attention,
     join_layer=join_layer,
     gated_mlp=gated_mlp,

@@ -11,6 +11,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
+from engine.kernels import attention_hopper
 from engine.kernels.attention import ROW_ALIGN, attention
 from engine.kernels.chips import HOPPER, chip_of
 from engine.kernels.choosing import Choices
@@ -24,6 +25,7 @@ from engine.kernels.readers import Experts, Mlp, Reader
 from engine.kernels.reference import Ops
 from engine.kernels.routing import route
 from engine.kernels.soft_embedding import soft_embedding as sparse_embedding
+from engine.kernels.views import AttentionView
 from engine.kernels.weights import Weight, plain
 
 
@@ -59,6 +61,25 @@ def lay_out(weights: MutableMapping[str, Weight]) -> None:
         arrange_experts(weights)
 
 
+def attend(
+    heads: Tensor,
+    qk_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    keys: Tensor,
+    values: Tensor,
+    view: AttentionView,
+    turned: int,
+) -> Tensor:
+    """As `reference.attend`; all contiguous. Here both steps learn whether queries are folded."""
+    hopper = attention_hopper.serves(heads, qk_weight, keys, turned)
+    queries = qkv_norm_rope_write(
+        heads, qk_weight, cos, sin, eps, keys, values, view.where, folded_from=turned if hopper else None
+    )
+    return (attention_hopper.attention if hopper else attention)(queries, keys, values, view)
+
+
 def by_choice(choices: Choices) -> Ops:
     """The op set as start-up found it fastest on this chip."""
 
@@ -86,7 +107,7 @@ def by_choice(choices: Choices) -> Ops:
         rms_norm=rms_norm,
         linear=partial(linear, chosen=choices.linears),
         qkv_norm_rope_write=qkv_norm_rope_write,
-        attention=attention,
+        attend=attend,
         join_attention=partial(join_attention, orders=orders),
         join_layer=partial(join_layer, orders=orders),
         gated_mlp=partial(gated_mlp, chosen=choices.linears),

@@ -98,7 +98,7 @@ class DiffusionGemma:
         if canvas is not None:
             rows.append(self._filled(self._self_condition(self.embed(canvas), soft)))
         hidden = self._stack(torch.cat(rows) if len(rows) > 1 else rows[0], plan)
-        if canvas is None:
+        if canvas is None or hidden is None:
             return None
         count, length = canvas.shape
         hidden = hidden.view(count, -1, hidden.shape[-1])[:, :length]
@@ -145,8 +145,8 @@ class DiffusionGemma:
         assert logits is not None, "there was a canvas"
         return logits
 
-    def _stack(self, x: Tensor, plan: PassPlan) -> Tensor:
-        """All layers over the rows x [R, M]; the final norm of the canvases' rows [S * C, M]."""
+    def _stack(self, x: Tensor, plan: PassPlan) -> Tensor | None:
+        """All layers over the rows x [R, M]; the final norm of the canvases' rows [S * C, M], if there are any."""
         rope = {key: table.rows(plan.positions) for key, table in self._ropes.items()}
         normed = self._ops.rms_norm(x, self._layers[0].entrance.norm, self.config.rms_norm_eps)
         only_commits = not plan.layout.canvases
@@ -156,7 +156,7 @@ class DiffusionGemma:
             turns = rope[_rope_key(layer.config)]
             if only_commits and index + 1 == len(self._layers):
                 layer.write(normed, turns, cached, view)  # what follows the last keys and values is read by nobody
-                break
+                return None
             attended = layer.attend(normed, turns, cached, view)
             x, normed = layer.finish(x, attended, plan.modes, self._following[index])
         return normed[plan.layout.commit_rows :]
@@ -188,8 +188,8 @@ class DiffusionGemma:
         return (F.pad(x, (0, 0, 0, fill)) if fill else x).flatten(0, 1)
 
 
-def _rope_key(layer: LayerConfig) -> tuple[int, float, float]:
-    return layer.head_dim, layer.rope_theta, layer.rope_partial
+def _rope_key(layer: LayerConfig) -> tuple[int, float, int]:
+    return layer.head_dim, layer.rope_theta, layer.turned
 
 
 def _under(weights: Mapping[str, Weight], prefix: str) -> dict[str, Weight]:

@@ -59,20 +59,19 @@ class Layer:
 
         `rope`: cos, sin [R, D]; `cached`: the layer's keys and values [pages, PAGE, K, D].
         """
-        queries = self._write(x, rope, cached, view)
-        return self._ops.attention(queries, *cached, view)
+        heads = self._heads(x)
+        return self._ops.attend(heads, self._qk_norm, *rope, self._eps, *cached, view, self.config.turned)
 
     def write(
         self, x: Operand, rope: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], view: AttentionView
     ) -> None:
         """Only write the rows' keys and values."""
-        self._write(x, rope, cached, view)
+        self._ops.qkv_norm_rope_write(self._heads(x), self._qk_norm, *rope, self._eps, *cached, view.where)
 
-    def _write(
-        self, x: Operand, rope: tuple[Tensor, Tensor], cached: tuple[Tensor, Tensor], view: AttentionView
-    ) -> Tensor:
-        heads = self._ops.linear(x, self._qkv).unflatten(1, (-1, self.config.head_dim))
-        return self._ops.qkv_norm_rope_write(heads, self._qk_norm, *rope, self._eps, *cached, view.where)
+    def _heads(self, x: Operand) -> Tensor:
+        """The projected q, k and, on sliding layers, v: x [R, M] to [R, heads, D]."""
+        heads: Tensor = self._ops.linear(x, self._qkv).unflatten(1, (-1, self.config.head_dim))
+        return heads
 
     def finish(self, x: Tensor, attended: Tensor, modes: Tensor, following: Entrance) -> tuple[Tensor, Operand]:
         """The layer's output [R, M], and the same normed for what follows, from its input x and the attention's
@@ -109,13 +108,12 @@ class Layer:
 
 
 class Rope:
-    """RoPE of one head size and base: cos and sin of any positions."""
+    """RoPE of one head size, base and number of columns turned in each half: cos and sin of any positions."""
 
-    def __init__(self, head_dim: int, theta: float, partial: float, device: torch.device, dtype: torch.dtype) -> None:
-        rotated = int(partial * head_dim // 2)
-        exponents = torch.arange(0, 2 * rotated, 2, dtype=torch.float32, device=device) / head_dim
-        self._frequencies = torch.zeros(head_dim // 2, device=device)  # 0 = not rotated
-        self._frequencies[:rotated] = 1.0 / (theta**exponents)
+    def __init__(self, head_dim: int, theta: float, turned: int, device: torch.device, dtype: torch.dtype) -> None:
+        exponents = torch.arange(0, 2 * turned, 2, dtype=torch.float32, device=device) / head_dim
+        self._frequencies = torch.zeros(head_dim // 2, device=device)  # 0 = not turned
+        self._frequencies[:turned] = 1.0 / (theta**exponents)
         self._dtype = dtype
 
     def rows(self, positions: Tensor) -> tuple[Tensor, Tensor]:

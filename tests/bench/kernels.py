@@ -1,4 +1,4 @@
-"""Times kernels alone at the model's shapes: `python -m tests.bench.kernels --json PATH --only output`. Needs a GPU.
+"""Times kernels alone at the model's shapes: `python -m tests.bench.kernels --json PATH --only attention`. Needs a GPU.
 
 Every op is captured in a CUDA graph and replayed, so launches cost what they cost in the engine; then once more under
 the profiler, for the share of each of its kernels. A group of ops is one function in GROUPS. What is read and written
@@ -12,18 +12,24 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.kernels import output, soft_embedding
+from engine.config import published_config
+from engine.kernels import attention, attention_hopper, output, soft_embedding
 from engine.kernels.reference_output import Draw
+from engine.kernels.views import AttentionView, Segment
 from engine.measure.ceilings import measure_ceilings
 from engine.measure.clock import Clock
+from engine.pages import PAGE
 
 ROWS, VOCAB, HIDDEN = 256, 262144, 2816
+CANVASES = (0, 512, 8192, 32768)  # positions before one
+PROMPTS = ((2048, 4096), (100, 1023))  # rows of a prompt, and positions before it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +111,52 @@ def embeddings(device: torch.device) -> Iterator[Work]:
             )
 
 
-GROUPS: dict[str, Callable[[torch.device], Iterator[Work]]] = {"output": output_side}
+def attention_side(device: torch.device) -> Iterator[Work]:
+    """Full layers, whose keys are their values times a weight where RoPE turns nothing: by the usual kernel, and by
+    Hopper's own where it serves them. For the time of these alone, queries need not be folded."""
+    config = published_config()
+    layer, heads = config.layers[-1], config.num_heads
+    for title, rows, prefix, canvas in (
+        *((f"canvas behind {prefix}", ROWS, prefix, True) for prefix in CANVASES),
+        *((f"prompt of {rows} behind {prefix}", rows, prefix, False) for rows, prefix in PROMPTS),
+    ):
+        view = behind(prefix, rows, canvas, device)
+        queries = torch.randn(len(view.low), heads, layer.head_dim, device=device, dtype=torch.bfloat16)
+        queries *= layer.head_dim**-0.5
+        stored = (view.table.numel(), PAGE, layer.kv_heads, layer.head_dim)
+        keys, values = (torch.randn(stored, device=device, dtype=torch.bfloat16) for _ in range(2))
+        projected = queries.new_empty(len(view.low), heads + layer.kv_heads, layer.head_dim)
+        ways = {"usual": attention.attention}
+        if attention_hopper.serves(projected, projected[0], keys, layer.turned):
+            ways["Hopper's"] = attention_hopper.attention
+        seen = int((view.high - view.low).sum())
+        position = 2 * layer.kv_heads * layer.head_dim * keys.element_size()
+        for name, op in ways.items():
+            yield Work(
+                name=f"attention, {title}, {name}",
+                run=partial(op, queries, keys, values, view),
+                bytes=2 * queries.nbytes + (prefix + rows) * position,
+                flops=4 * seen * heads * layer.head_dim,
+            )
+
+
+def behind(prefix: int, rows: int, canvas: bool, device: torch.device) -> AttentionView:
+    """So many rows of one slot, filled up, behind a prefix whose pages lie anywhere."""
+    filled = -(-rows // attention.ROW_ALIGN) * attention.ROW_ALIGN
+    high = torch.full((filled,), prefix + rows) if canvas else prefix + 1 + torch.arange(filled)
+    high[rows:] = 0
+    nothing = torch.zeros(filled, dtype=torch.int32, device=device)
+    return AttentionView(
+        segments=(Segment(0, rows, canvas, prefix),),
+        low=nothing,
+        high=high.int().to(device),
+        segment=nothing,
+        table=torch.randperm(-(-(prefix + rows) // PAGE)).int()[None].to(device),
+        where=nothing,
+    )
+
+
+GROUPS: dict[str, Callable[[torch.device], Iterator[Work]]] = {"output": output_side, "attention": attention_side}
 
 
 def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -105,6 +105,33 @@ def plain(reader: Reader, rows: int) -> Order:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kv", [1, 2])
+def test_folded_queries(dtype: torch.dtype, kv: int, device: torch.device) -> None:
+    """Times what is before the keys' weight, where RoPE turns nothing, they make the same scores."""
+    rows, heads, dim, turned = 5, 4, 16, 3
+    projected = randn(rows, heads + kv, dim, device=device, dtype=dtype) * 3
+    weight = randn(heads + kv, dim, seed=1, device=device, dtype=torch.float32)
+    angle = randn(rows, dim // 2, seed=2, device=device, dtype=torch.float32)
+    angle[:, turned:] = 0
+    cos = torch.cat((angle.cos(), angle.cos()), -1).to(dtype)
+    sin = torch.cat((-angle.sin(), angle.sin()), -1).to(dtype)
+    where = torch.arange(rows, dtype=torch.int32, device=device)
+    caches = [torch.zeros(1, PAGE, kv, dim, device=device, dtype=dtype) for _ in range(4)]
+    plain = norms.qkv_norm_rope_write(projected, weight, cos, sin, EPS, *caches[:2], where)
+    folded = norms.qkv_norm_rope_write(projected, weight, cos, sin, EPS, *caches[2:], where, folded_from=turned)
+    keys, values = caches[2:]
+    assert torch.equal(keys, caches[0]) and torch.equal(values, caches[1])
+    is_turned = torch.arange(dim, device=device) % (dim // 2) < turned
+    assert torch.equal(folded[..., is_turned], plain[..., is_turned])
+    read = torch.where(is_turned, keys, values)
+    scores, expected = (
+        torch.einsum("rkgd,pkd->rkgp", q.unflatten(1, (kv, -1)).float(), k[0].float())
+        for q, k in ((folded, read), (plain, keys))
+    )
+    assert_near(scores, expected, bound(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [32, 100])
 def test_joins(dtype: torch.dtype, width: int, device: torch.device) -> None:
     inputs = attention_inputs(5, width, dtype, device)

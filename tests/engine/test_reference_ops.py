@@ -31,15 +31,15 @@ def test_rms_norm(dtype: torch.dtype) -> None:
     torch.testing.assert_close(ops.rms_norm(x, None, EPS), expected.to(dtype))
 
 
-@pytest.mark.parametrize(("theta", "partial"), [(1e4, 1.0), (1e6, 0.25)])
-def test_rope_rotates_pairs_by_their_position_times_frequency(theta: float, partial: float) -> None:
+@pytest.mark.parametrize(("theta", "turned"), [(1e4, 8), (1e6, 2)])
+def test_rope_rotates_pairs_by_their_position_times_frequency(theta: float, turned: int) -> None:
     dim, half = 16, 8
     x = randn(3, 2, dim)
-    cos, sin = Rope(dim, theta, partial, CPU, torch.float32).rows(torch.arange(40, 43))
+    cos, sin = Rope(dim, theta, turned, CPU, torch.float32).rows(torch.arange(40, 43))
     out = ops.rope(x, cos, sin)
     for row in range(3):
         for pair in range(half):
-            angle = (40 + row) * theta ** (-2 * pair / dim) if pair < partial * half else 0.0
+            angle = (40 + row) * theta ** (-2 * pair / dim) if pair < turned else 0.0
             a, b = x[row, :, pair], x[row, :, pair + half]
             rotated = a * math.cos(angle) - b * math.sin(angle), b * math.cos(angle) + a * math.sin(angle)
             torch.testing.assert_close(out[row, :, pair], rotated[0], atol=1e-4, rtol=1e-4)
@@ -51,7 +51,7 @@ def test_qkv_norm_rope_write(separate_values: bool) -> None:
     heads, kv, dim, rows = 4, 2, 8, 3
     projected = randn(rows, heads + (2 if separate_values else 1) * kv, dim)
     q_weight, k_weight = randn(dim, seed=1), randn(dim, seed=2)
-    cos, sin = Rope(dim, 1e4, 1.0, CPU, torch.float32).rows(torch.arange(7, 7 + rows))
+    cos, sin = Rope(dim, 1e4, dim // 2, CPU, torch.float32).rows(torch.arange(7, 7 + rows))
     weight = torch.cat((q_weight.expand(heads, -1), k_weight.expand(kv, -1)))
     keys, values = (torch.full((2, PAGE, kv, dim), 99.0) for _ in range(2))
     where = torch.tensor([PAGE + 5, 3, 4])

@@ -3,7 +3,10 @@ captured."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,8 @@ from engine.config import load_generation_defaults
 from engine.denoise import Denoiser
 from engine.images import book_ids
 from engine.interface import Sampling
+from engine.kernels.readers import Entrance
+from engine.kernels.reference import REFERENCE, Operand, Ops
 from engine.kernels.triton_ops import TRITON
 from engine.model.gemma4 import DiffusionGemma
 from engine.pages import PAGE
@@ -52,6 +57,45 @@ def test_the_model_on_triton_equals_the_reference(two_layers: Path, device: torc
     result = last_pass(load_model(two_layers, device, dtype, chunk=128, ops=TRITON, buckets=BUCKETS), device)
     assert result.isfinite().all()
     assert (result - expected).float().norm() <= bound * expected.float().norm()
+
+
+@dataclass(frozen=True)
+class Shut:
+    """Rows that only an op set looks into."""
+
+    rows: Tensor
+
+
+def shut_ops() -> Ops:
+    """The reference ops, whose joins hand over what a model cannot look into."""
+
+    def join_attention(*given: Any) -> tuple[Tensor, Shut, Shut, Tensor]:
+        h, mlp, experts, router = REFERENCE.join_attention(*given)
+        return h, Shut(mlp), Shut(experts), router
+
+    def join_layer(h: Tensor, *given: Any) -> tuple[Tensor, Operand]:
+        following = next(each for each in given if isinstance(each, Entrance))
+        x, normed = REFERENCE.join_layer(h, *given)
+        return x, normed if following.reader is None else Shut(normed)
+
+    def opened(op: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, *given: op(x.rows if isinstance(x, Shut) else x, *given)
+
+    return replace(
+        REFERENCE,
+        join_attention=join_attention,
+        join_layer=join_layer,
+        linear=opened(REFERENCE.linear),
+        gated_mlp=opened(REFERENCE.gated_mlp),
+        experts=opened(REFERENCE.experts),
+    )
+
+
+def test_a_model_does_not_look_into_what_ops_hand_over(two_layers: Path) -> None:
+    device = torch.device("cpu")
+    expected = last_pass(load_model(two_layers, device, torch.float32, chunk=128), device)
+    result = last_pass(load_model(two_layers, device, torch.float32, chunk=128, ops=shut_ops()), device)
+    assert torch.equal(result, expected)
 
 
 def test_images_on_triton_are_those_of_the_reference(tmp_path: Path, device: torch.device) -> None:

@@ -251,10 +251,10 @@ def fragments_kernel(
 # there is a gate, and BM. The fastest of those that tests.bench.tune_experts times on an H200 (LOG.md, 2026-11-29).
 TILINGS: Mapping[tuple[bool, int], tuple[int, int | None]] = {
     (True, 32): (2, 128),
-    (True, 64): (2, None),
+    (True, 64): (2, 168),
     (True, 128): (2, None),
-    (False, 32): (4, None),
-    (False, 64): (4, None),
+    (False, 32): (3, None),
+    (False, 64): (3, None),
     (False, 128): (4, None),
 }
 
@@ -286,7 +286,7 @@ def cases() -> list[KernelCase]:
         constants = {"A": 8, "GATED": gated, "FORMAT": form, "BM": bm, "BLOCKS": 2 if gated else 1, "STAGES": stages}
         found.append(
             KernelCase(
-                name=f"experts_fragments[{form},{'gated' if gated else 'plain'},{bm},{stages}s]",
+                name=f"experts_hopper[{form},{'gated' if gated else 'plain'},{bm},{stages}s]",
                 kernel=fragments_kernel,
                 signature=pointers | row_scale | indices | sizes,
                 constants=constants,
