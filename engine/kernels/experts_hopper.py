@@ -178,23 +178,12 @@ def _finish(
 
 
 @gluon.jit
-def fragments_kernel(
-    x, words, scale, row_scale, order, expert, start, rows, out, width, blocks,
+def _multiply(
+    x, words, scale, row_scale, order, out, width, blocks, matrix, first, live_rows,
     A: gl.constexpr, GATED: gl.constexpr, FORMAT: gl.constexpr, BM: gl.constexpr, BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
 ):  # fmt: skip
-    """GATED: out[position] = gelu_tanh(gate(x[row])) * up(x[row]), in the order of fragments. Else
-    out[choice] = weight @ x[position].
-
-    words int32 [E, N, blocks, 512], where N is 2 * width / 64 (gate first) if GATED, else width / 64; x bfloat16
-    [*, 64 * blocks], in the order of fragments.
-    """
-    tile = gl.program_id(0)
-    live_rows = gl.load(rows + tile)
-    first = gl.load(start + tile)
-    matrix = gl.load(expert + tile).to(gl.int64)
-    if live_rows == 0:
-        return
+    """A tile of at most BM rows, from position `first` on."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 16])
     BK: gl.constexpr = 64 * BLOCKS
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BK, BK // 8], [4, 1], [1, 0])
@@ -245,6 +234,37 @@ def fragments_kernel(
                 acc_one, acc_two = warpgroup_mma_wait(0, deps=[token_one, token_two])
     async_copy.wait_group(0)
     _finish(acc_one, acc_two, row_scale, order, out, matrix, first, live_rows, width, GATED, FORMAT, BM)
+
+
+@gluon.jit
+def fragments_kernel(
+    x, words, scale, row_scale, order, expert, start, rows, out, width, blocks,
+    A: gl.constexpr, GATED: gl.constexpr, FORMAT: gl.constexpr, BM: gl.constexpr, BLOCKS: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """GATED: out[position] = gelu_tanh(gate(x[row])) * up(x[row]), in the order of fragments. Else
+    out[choice] = weight @ x[position].
+
+    words int32 [E, N, blocks, 512], where N is 2 * width / 64 (gate first) if GATED, else width / 64; x bfloat16
+    [*, 64 * blocks], in the order of fragments.
+    """
+    tile = gl.program_id(0)
+    live_rows = gl.load(rows + tile)
+    first = gl.load(start + tile)
+    matrix = gl.load(expert + tile).to(gl.int64)
+    if live_rows == 0:
+        return
+    # half of the tile at most: then half of the products would be of rows that are not there
+    if live_rows <= BM // 2:
+        _multiply(
+            x, words, scale, row_scale, order, out, width, blocks, matrix, first, live_rows,
+            A, GATED, FORMAT, BM // 2, BLOCKS, STAGES,
+        )  # fmt: skip
+    else:
+        _multiply(
+            x, words, scale, row_scale, order, out, width, blocks, matrix, first, live_rows,
+            A, GATED, FORMAT, BM, BLOCKS, STAGES,
+        )  # fmt: skip
 
 
 # Stages of a program's pipeline and, where a cap makes room for one more program, a thread's registers; by whether

@@ -64,7 +64,7 @@ HOPPER: Mapping[tuple[str, bool, int], tuple[int, int, int, int, int | None]] = 
     ("e4m3", True, 32): (64, 128, 4, 3, None),
     ("e4m3", True, 64): (64, 128, 4, 3, None),
     ("e4m3", True, 128): (64, 128, 4, 3, None),
-    ("e4m3", False, 32): (64, 64, 4, 8, None),
+    ("e4m3", False, 32): (64, 128, 4, 4, None),
     ("e4m3", False, 64): (64, 64, 4, 6, None),
     ("e4m3", False, 128): (128, 64, 4, 5, None),
     ("nvfp4", True, 32): (64, 128, 4, 3, 128),
@@ -79,8 +79,8 @@ HOPPER: Mapping[tuple[str, bool, int], tuple[int, int, int, int, int | None]] = 
 def tiling(form: str, bm: int, width: int, *, gated: bool, chip: int) -> Tiling:
     """The tile for a format, BM rows and a weight of `width` columns, on a chip such as 90.
 
-    On Hopper as measured, where BK divides the width. Else by rule. BN is 64: the smallest that Hopper's matrix
-    instruction takes, exact for 704 = 11 * 64 and 2816 = 44 * 64, and small enough that 128 experts give 1408 programs
+    On Hopper as measured, where BK divides the width or nothing is decoded. Else by rule. BN is 64: the smallest that
+    Hopper's matrix instruction takes, exact for 704 = 11 * 64 and 2816 = 44 * 64, and small enough that 128 experts give 1408 programs
     and more. Without GeGLU there is one matrix to read instead of two, and BN is 128 so that a program has as many
     bytes in flight. BK is 64 (for plain weights 128 bytes a row: a whole cache line); 128 for quantised ones where that
     divides, which halves what a loop costs beside decoding, but not from 64 rows on, where decoding 128 columns at a
@@ -90,7 +90,7 @@ def tiling(form: str, bm: int, width: int, *, gated: bool, chip: int) -> Tiling:
     for the sums of 128 rows.
     """
     measured = HOPPER.get((form, gated, bm)) if chip == 90 else None
-    if measured and width % measured[1] == 0:
+    if measured and (width % measured[1] == 0 or form == "e4m3"):  # of decoded columns none may be missing
         bn, bk, warps, stages, registers = measured
         return Tiling(BM=bm, BN=bn, BK=bk, warps=warps, stages=stages, registers=registers)
     bn = 64 if gated else 128

@@ -1,8 +1,8 @@
 """Times the expert kernels in many tilings at full size: `python -m tests.bench.tune_experts --json PATH`. Needs a GPU.
 
-What it finds goes into `engine.kernels.grouped` by hand, with an entry in LOG.md. Kernels are compiled first, in many
-processes, into Triton's cache; then each is timed alone, as a captured pass runs it, over the weights of one layer,
-which no cache holds.
+What it finds goes into `engine.kernels.grouped` by hand or, for weights in fragments, into `experts_hopper`, with an
+entry in LOG.md. Kernels are compiled first, in many processes, into Triton's cache; then each is timed alone, as a
+captured pass runs it, over the weights of one layer, which no cache holds.
 """
 
 from __future__ import annotations
@@ -13,28 +13,37 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
 
-from engine.kernels import grouped
+from engine.kernels import experts_hopper, grouped
 from engine.kernels.choosing import GraphTimer
 from engine.kernels.experts import routed
-from engine.kernels.grouped import FORMATS, Tiling, launch_gated, launch_matmul, stored
+from engine.kernels.experts_hopper import launch_fragments
+from engine.kernels.fragments import arranged
+from engine.kernels.grouped import FORMATS, Rows, Tiling, launch_gated, launch_matmul, stored
+from engine.kernels.operands import FRAGMENTS, taken
 from engine.kernels.rounding import round_rows
 from engine.kernels.routing import schedule
 from engine.kernels.tiles import ordered
-from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, Weight, nbytes
+from engine.kernels.weights import Fp8Weight, FragmentWeight, Int4Weight, Nvfp4Weight, Weight, nbytes
 
 HIDDEN, WIDTH, ACTIVE = 2816, 704, 8
 LAUNCHES = 10  # in one captured graph
+FRAGMENT_FORMATS = ("nvfp4-fragments", "int4-fragments")  # Hopper's
+Launch = Callable[[Tiling], None]
 
 
 def weight(form: str, experts: int, out: int, width: int) -> Weight:
     """Random bytes of a format, on the GPU."""
+    if form in FRAGMENT_FORMATS:
+        found = weight(form.removesuffix("-fragments"), experts, out, width)
+        assert isinstance(found, Nvfp4Weight | Int4Weight)
+        return arranged(found)
     shape = (experts, out, width)
 
     def bytes_of(*sizes: int) -> torch.Tensor:
@@ -56,26 +65,38 @@ def weight(form: str, experts: int, out: int, width: int) -> Weight:
 
 def tilings(form: str, bm: int, gated: bool) -> Iterator[Tiling]:
     """What is worth trying: decoded weights want four warps, and a cap on registers where it makes room for one more
-    program."""
+    program. Of a kernel for fragments only stages and the cap are free."""
+    if form in FRAGMENT_FORMATS:
+        for stages, cap in itertools.product((2, 3, 4, 6), (None, 96, 128, 168)):
+            yield Tiling(BM=bm, BN=64, BK=64, warps=4, stages=stages, registers=cap)
+        return
     decoded = form not in ("plain", "e4m3")
     caps = (None, 128 if bm == 32 else 168) if decoded else (None,)
     for bn, bk, warps, stages, cap in itertools.product((64, 128), (64, 128), (4, 8), (2, 3, 4, 5, 6, 8), caps):
         stage = (2 if gated else 1) * bn * bk * grouped.BITS[form] // 8 + bm * bk * (1 if form == "e4m3" else 2)
-        if (HIDDEN if gated else WIDTH) % bk or (decoded and warps == 8) or stage * stages > 200_000:
+        if (
+            (form != "e4m3" and (HIDDEN if gated else WIDTH) % bk)
+            or (decoded and warps == 8)
+            or stage * stages > 200_000
+        ):
             continue
         yield Tiling(BM=bm, BN=bn, BK=bk, warps=warps, stages=stages, registers=cap)
 
 
-def launcher(form: str, gated: bool, experts: int, rows: int, bm: int):  # type: ignore[no-untyped-def]
+def launcher(form: str, gated: bool, experts: int, rows: int, bm: int) -> tuple[Launch, int]:
     """A function that launches one kernel with a tiling, and the bytes of weights it reads."""
     matrix = weight(form, experts, 2 * WIDTH if gated else HIDDEN, HIDDEN if gated else WIDTH)
-    flat = stored(matrix, eight_bit=form == "e4m3")
     chosen = torch.stack([torch.randperm(experts)[: min(ACTIVE, experts)] for _ in range(rows)]).cuda()
     active = chosen.shape[1]
     tiles = routed(schedule(chosen, experts, bm))
-    x = torch.randn(rows if gated else rows * active, flat.width, dtype=torch.bfloat16, device="cuda")
-    given = {bk: round_rows(x) if form == "e4m3" else ordered(x, form, bk) for bk in (64, 128) if flat.width % bk == 0}
+    width = HIDDEN if gated else WIDTH
+    x = torch.randn(rows if gated else rows * active, width, dtype=torch.bfloat16, device="cuda")
     out = torch.empty(rows * active, WIDTH if gated else HIDDEN, dtype=torch.bfloat16, device="cuda")
+    if isinstance(matrix, FragmentWeight):
+        return partial(_launch_fragments, matrix, taken(x, FRAGMENTS), tiles, out, gated, active), nbytes(matrix)
+    flat = stored(matrix, eight_bit=form == "e4m3")
+    eight = round_rows(x) if form == "e4m3" else None
+    given = {bk: eight or ordered(x, form, bk) for bk in (64, 128) if eight or width % bk == 0}
 
     def launch(tile: Tiling) -> None:
         with mock.patch.object(grouped, "tiling", lambda *_, **__: tile):
@@ -86,6 +107,13 @@ def launcher(form: str, gated: bool, experts: int, rows: int, bm: int):  # type:
                 launch_matmul(given[tile.BK], flat, tiles, out, bm)
 
     return launch, nbytes(matrix)
+
+
+def _launch_fragments(
+    matrix: FragmentWeight, x: torch.Tensor, tiles: Rows, out: torch.Tensor, gated: bool, active: int, tile: Tiling
+) -> None:
+    with mock.patch.dict(experts_hopper.TILINGS, {(gated, tile.BM): (tile.stages, tile.registers)}):
+        launch_fragments(x, matrix, tiles, out, tile.BM, gated=gated, active=active)
 
 
 def compile_one(task: tuple[str, bool, int, Tiling]) -> str | None:
@@ -101,7 +129,7 @@ def compile_one(task: tuple[str, bool, int, Tiling]) -> str | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--format", nargs="+", default=list(FORMATS), choices=FORMATS)
+    parser.add_argument("--format", nargs="+", default=list(FORMATS), choices=FORMATS + FRAGMENT_FORMATS)
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--bm", type=int, default=32)
     parser.add_argument("--json", type=Path)
