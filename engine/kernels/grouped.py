@@ -80,9 +80,9 @@ def tiling(form: str, bm: int, width: int, *, gated: bool, chip: int) -> Tiling:
     """The tile for a format, BM rows and a weight of `width` columns, on a chip such as 90.
 
     On Hopper as measured, where BK divides the width or nothing is decoded. Else by rule. BN is 64: the smallest that
-    Hopper's matrix instruction takes, exact for 704 = 11 * 64 and 2816 = 44 * 64, and small enough that 128 experts give 1408 programs
-    and more. Without GeGLU there is one matrix to read instead of two, and BN is 128 so that a program has as many
-    bytes in flight. BK is 64 (for plain weights 128 bytes a row: a whole cache line); 128 for quantised ones where that
+    Hopper's matrix instruction takes, exact for 704 = 11 * 64 and 2816 = 44 * 64, and small enough that 128 experts
+    give 1408 programs and more. Without GeGLU there is one matrix to read instead of two, and BN is 128 so that a
+    program has as many bytes in flight. BK is 64 (for plain weights 128 bytes a row: a whole cache line); 128 for quantised ones where that
     divides, which halves what a loop costs beside decoding, but not from 64 rows on, where decoding 128 columns at a
     time runs out of registers and there is arithmetic enough to wait behind. As many stages as the aim leaves room for,
     of 2 to 4: beyond that there are more bytes in flight than the latency of DRAM needs. Four warps: that is one matrix
