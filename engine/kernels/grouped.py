@@ -82,12 +82,12 @@ def tiling(form: str, bm: int, width: int, *, gated: bool, chip: int) -> Tiling:
     On Hopper as measured, where BK divides the width or nothing is decoded. Else by rule. BN is 64: the smallest that
     Hopper's matrix instruction takes, exact for 704 = 11 * 64 and 2816 = 44 * 64, and small enough that 128 experts
     give 1408 programs and more. Without GeGLU there is one matrix to read instead of two, and BN is 128 so that a
-    program has as many bytes in flight. BK is 64 (for plain weights 128 bytes a row: a whole cache line); 128 for quantised ones where that
-    divides, which halves what a loop costs beside decoding, but not from 64 rows on, where decoding 128 columns at a
-    time runs out of registers and there is arithmetic enough to wait behind. As many stages as the aim leaves room for,
-    of 2 to 4: beyond that there are more bytes in flight than the latency of DRAM needs. Four warps: that is one matrix
-    instruction's, and `tiles.row_of` counts on it; where nothing is decoded, nothing counts on it, and there are eight
-    for the sums of 128 rows.
+    program has as many bytes in flight. BK is 64 (for plain weights 128 bytes a row: a whole cache line); 128 for
+    quantised ones where that divides, which halves what a loop costs beside decoding, but not from 64 rows on, where
+    decoding 128 columns at a time runs out of registers and there is arithmetic enough to wait behind. As many stages
+    as the aim leaves room for, of 2 to 4: beyond that there are more bytes in flight than the latency of DRAM needs.
+    Four warps: that is one matrix instruction's, and `tiles.row_of` counts on it; where nothing is decoded, nothing
+    counts on it, and there are eight for the sums of 128 rows.
     """
     measured = HOPPER.get((form, gated, bm)) if chip == 90 else None
     if measured and (width % measured[1] == 0 or form == "e4m3"):  # of decoded columns none may be missing
