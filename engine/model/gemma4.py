@@ -149,17 +149,21 @@ class DiffusionGemma:
         """All layers over the rows x [R, M]; the final norm of the canvases' rows [S * C, M], if there are any."""
         rope = {key: table.rows(plan.positions) for key, table in self._ropes.items()}
         normed = self._ops.rms_norm(x, self._layers[0].entrance.norm, self.config.rms_norm_eps)
-        only_commits = not plan.layout.canvases
+        only_commits, commits, modes = not plan.layout.canvases, plan.layout.commit_rows, plan.modes
         for index, layer in enumerate(self._layers):
+            last = index + 1 == len(self._layers)
             cached = self.pool.keys[index], self.pool.values[index]
             view = plan.views[layer.config.kind]
             turns = rope[_rope_key(layer.config)]
-            if only_commits and index + 1 == len(self._layers):
-                layer.write(normed, turns, cached, view)  # what follows the last keys and values is read by nobody
+            # what follows the last keys and values of rows that are committed is read by nobody
+            if last and only_commits:
+                layer.write(normed, turns, cached, view)
                 return None
             attended = layer.attend(normed, turns, cached, view)
-            x, normed = layer.finish(x, attended, plan.modes, self._following[index])
-        return normed[plan.layout.commit_rows :]
+            if last:
+                x, attended, modes = x[commits:], attended[commits:], modes[commits:]
+            x, normed = layer.finish(x, attended, modes, self._following[index])
+        return normed
 
     def embed(self, ids: Tensor) -> Tensor:
         """Embeddings of ids int [...], scaled: [..., M]."""
