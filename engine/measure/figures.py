@@ -7,6 +7,7 @@ Invariant: every figure is measured on passes that a request would make too, aft
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,8 @@ from engine.measure.roofline import Ceilings, Rows, Work, joined_rows, pass_work
 
 LAPS = 20
 FEW = 3
+TURNS = 5
+REST = 0.3  # seconds before a turn: a prefix that is kept was committed a while ago, so the device is not hot from it
 SECONDS = 4.0  # a figure takes about this long at most; one lap of each is run whatever it takes
 WARM_UP = 3  # the first compiles and the second captures, where there are graphs
 
@@ -257,11 +260,13 @@ def turn_figure(bench: Bench, prefix: int, new: int, steps: int) -> Figure:
     def prepare(ids: Sequence[int]) -> None:
         rig.clear()
         rig.commit(ids)
+        clock.wait()
+        time.sleep(REST)
 
     def taken(ids: Sequence[int]) -> list[float]:
         reply, before = partial(_canvas, rig, steps, turn), partial(prepare, ids)
         clock.laps(reply, most=WARM_UP, seconds=SECONDS / 2, prepare=before)
-        return clock.laps(reply, most=FEW, seconds=SECONDS, prepare=before)
+        return clock.laps(reply, most=TURNS, seconds=SECONDS, prepare=before)
 
     empty, laps = taken(()), taken(kept)
     work = bench.canvas_of(joined_rows(rig.config, prefix, new), prefix + new, steps)
