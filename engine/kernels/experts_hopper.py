@@ -17,6 +17,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
+    fence_async_shared,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -219,6 +220,7 @@ def _multiply(
             if turn + at < count:
                 async_copy.wait_group(STAGES - 2)
                 meet()  # all have this stage, and are done with the one before
+                fence_async_shared()  # x was written by threads, and is read by the matrix instruction's own way
                 to: gl.constexpr = (at + STAGES - 1) % STAGES
                 ahead = turn + at + STAGES - 1
                 if ahead < count:
