@@ -61,12 +61,12 @@ def assemble(
 
 
 def _measured(config: ModelConfig, weights: MutableMapping[str, Weight], eight_bit: bool) -> Ops:
+    """The Triton ops as measured here, with weights laid out as they want them."""
     # deferred: a machine without a GPU need not have triton
     from engine.kernels.choosing import GraphTimer, choose
     from engine.kernels.triton_ops import by_choice, lay_out
 
     lay_out(weights)
-
     return by_choice(
         choose(
             weights,

@@ -24,9 +24,8 @@ SAMPLINGS = (Sampling(seed=0), Sampling(seed=0, temperature=0.7, top_p=0.95))
 def warm_up(denoiser: Denoiser, caches: Sequence[KVCache], *, canvas_length: int, chunk: int) -> None:
     """Run passes with one to all slots' canvases, with a canvas to commit beside one, and chunks of a prompt."""
     sizes = sorted({canvas_length, chunk})
-    with (
-        compiling()
-    ):  # each canvas for one pass, which leaves anything in the slot; the next to be opened there clears it
+    # a pass that is only compiled leaves anything in a slot: the next canvas to be opened there clears it
+    with compiling():
         _passes(denoiser, caches, sizes, times=1)
     _passes(denoiser, caches, sizes, times=TWICE)
 

@@ -145,8 +145,8 @@ def _places(first, split, rows, heads, head, GROUP: gl.constexpr, BM: gl.constex
 
 
 @gluon.jit
-def _fetch(queries, query, first, rows, heads, head, GROUP: gl.constexpr):
-    """Bring the rows' queries to shared memory, and wait until they are there."""
+def _ask(queries, query, first, rows, heads, head, GROUP: gl.constexpr):
+    """Begin to bring the rows' queries to shared memory."""
     BM: gl.constexpr = query.shape[0]
     D: gl.constexpr = query.shape[1]
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
@@ -155,6 +155,12 @@ def _fetch(queries, query, first, rows, heads, head, GROUP: gl.constexpr):
     across = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
     async_copy.async_copy_global_to_shared(query, queries + (asked[:, None] * D + across[None, :]))
     async_copy.commit_group()
+
+
+@gluon.jit
+def _fetch(queries, query, first, rows, heads, head, GROUP: gl.constexpr):
+    """Bring the rows' queries to shared memory, and wait until they are there."""
+    _ask(queries, query, first, rows, heads, head, GROUP)
     async_copy.wait_group(0)
     fence_async_shared()
     meet()

@@ -11,7 +11,6 @@ Invariant: what a weight stands for stays the same, bit for bit.
 from __future__ import annotations
 
 from collections.abc import MutableMapping
-from itertools import product
 
 import torch
 from torch import Tensor
@@ -88,10 +87,10 @@ def _moved(words: Tensor, bits: tuple[tuple[int, ...], ...]) -> Tensor:
     """int32 words of eight values, four bits each, lowest first -> the same with bits where `bits` says: all that move
     equally far at once."""
     targets: dict[int, int] = {}
-    for value, bit in product(range(8), range(4)):
-        place = (bits[value // 2][bit] + 16 * (value % 2)) % 32
-        far = place - (4 * value + bit)
-        targets[far] = targets.get(far, 0) | 1 << place
+    for value, places in enumerate(bits):
+        for bit, place in enumerate(places):
+            far = place - (4 * value + bit)
+            targets[far] = targets.get(far, 0) | 1 << place
     moved = torch.zeros_like(words)
     for far, target in targets.items():
         moved |= (words << far if far >= 0 else words >> -far) & _signed(target)

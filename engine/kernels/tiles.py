@@ -33,9 +33,7 @@ def ordered(x: Tensor, form: str, block: int) -> Tensor:
     if form in ("plain", "e4m3"):
         return x
     rows, width = x.shape
-    if (
-        form == "fragment"
-    ):  # quarter, pair // 2, pair % 2, half of a pair -> pair // 2, pair % 2, quarter, half of a pair
+    if form == "fragment":  # quarter, two bits of the pair, half of a pair -> pair, quarter, half of a pair
         split = x.view(rows, width // 32, 4, 2, 2, 2).permute(0, 1, 3, 4, 2, 5)
     elif form == "fp8":  # quarter, word, half of a pair, pair -> word, pair, quarter, half of a pair
         split = x.view(rows, width // block, 4, block // 16, 2, 2).permute(0, 1, 3, 5, 2, 4)

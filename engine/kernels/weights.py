@@ -48,12 +48,17 @@ class Int4Weight:
 
 FRAGMENT = 64  # rows, and columns, of a block: a warp group's rows, and as many columns as a word holds scales for
 FRAGMENT_WORDS = FRAGMENT * FRAGMENT // 8
-# Where a word has the bits of a value: for each of its four pairs, the places of bit 0 (the lowest) to bit 3 of the
-# pair's first value. The second value's are the same 16 bits further, around the end of the word: what one mask takes,
-# after turning the word, is then a register of two.
-FRAGMENT_BITS = {
+# For each of a word's four pairs, the places of bit 0 (the lowest) to bit 3 of the pair's first value. The second
+# value's are the same 16 bits further, around the end of the word: what one mask takes, after turning the word, is then
+# a register of two.
+_PAIRS = {
     "nvfp4": ((6, 7, 8, 15), (9, 10, 11, 18), (12, 13, 14, 21), (4, 0, 1, 3)),
     "int4": ((3, 4, 5, 6), (7, 8, 9, 10), (11, 12, 13, 14), (15, 16, 17, 18)),
+}
+# Where a word has the bits of its eight values.
+FRAGMENT_BITS = {
+    form: tuple(tuple((place + far) % 32 for place in pair) for pair in pairs for far in (0, 16))
+    for form, pairs in _PAIRS.items()
 }
 NVFP4_EXPONENT = 106  # float32's exponent less this fits five bits for every e4m3 value, and none of them is all ones
 INT4_LIFT = 122  # group scales are stored times two to this
@@ -102,9 +107,9 @@ def restored(weight: FragmentWeight) -> Nvfp4Weight | Int4Weight:
     words = weight.words.view(-1, rows, columns, 4, 8, 4, 2, 2)  # warp, row, quarter, half, pair
     words = words.permute(0, 1, 3, 6, 4, 2, 7, 5).reshape(*stack, rows * FRAGMENT, columns * 8)
     nibbles = torch.zeros(*words.shape, 8, dtype=torch.int32, device=words.device)
-    for value in range(8):
-        for bit, place in enumerate(FRAGMENT_BITS[weight.form][value // 2]):
-            nibbles[..., value] |= (words >> ((place + 16 * (value % 2)) % 32) & 1) << bit
+    for value, places in enumerate(FRAGMENT_BITS[weight.form]):
+        for bit, place in enumerate(places):
+            nibbles[..., value] |= (words >> place & 1) << bit
     packed = (nibbles[..., ::2] | nibbles[..., 1::2] << 4).to(torch.uint8).flatten(-2)
     scale = (
         weight.scale.transpose(-1, -2)

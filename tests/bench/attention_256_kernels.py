@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from engine.kernels import attention as usual
-from engine.kernels.attention_hopper import BN, LOG2_E, WIDE, _places, meet
+from engine.kernels.attention_hopper import BN, LOG2_E, WIDE, _ask, _places, meet
 from engine.kernels.catalog import KernelCase
 from engine.kernels.views import AttentionView
 from engine.pages import PAGE
@@ -60,19 +60,6 @@ def _sight(low, high, first, rows, GROUP: gl.constexpr, BM: gl.constexpr, layout
     start = lowest // BN
     tiles = gl.maximum((gl.max(end, 0) + BN - 1) // BN - start, 0)
     return begin, end, start, tiles, inner_from, inner_to
-
-
-@gluon.jit
-def _ask(queries, query, first, rows, heads, head, GROUP: gl.constexpr):
-    """Begin to bring the rows' queries to shared memory."""
-    BM: gl.constexpr = query.shape[0]
-    D: gl.constexpr = query.shape[1]
-    COPY: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [gl.num_warps(), 1], [1, 0])
-    asked, _ = _places(first, 0, rows, heads, head, GROUP, BM, gl.SliceLayout(1, COPY))
-    asked = gl.minimum(asked, rows.to(gl.int64) * heads - 1)  # beyond the last row: anything, and never stored
-    across = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
-    async_copy.async_copy_global_to_shared(query, queries + (asked[:, None] * D + across[None, :]))
-    async_copy.commit_group()
 
 
 @gluon.jit

@@ -10,6 +10,8 @@ from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, Weight
 
 FORMATS = ("plain", "fp8", "nvfp4", "int4")
 BOUND = 1e-2
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+ON_HOPPER = [pytest.mark.gpu, pytest.mark.skipif(not IS_HOPPER, reason="needs an H100 or H200")]
 
 
 def randn(*shape: int, seed: int = 0, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:

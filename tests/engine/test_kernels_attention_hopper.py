@@ -17,18 +17,11 @@ from engine.kernels.triton_ops import TRITON
 from engine.kernels.views import AttentionView
 from engine.model.layers import Rope
 from engine.pages import PAGE
-from tests.engine.kernel_inputs import assert_near, randn
+from tests.engine.kernel_inputs import ON_HOPPER, assert_near, randn
 from tests.engine.test_kernels_attention import CANVAS, IMAGES, real_rows, view_of, with_images
 
 HEADS, KV, DIM, TURNED, EPS = 16, 2, 512, 64, 1e-6
 PREFIXES = [0, 1, 63, 64, 65, 1023, 4097]
-
-
-def is_hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
-ON_HOPPER = [pytest.mark.gpu, pytest.mark.skipif(not is_hopper(), reason="needs an H100 or H200")]
 
 
 @pytest.fixture(params=[pytest.param("cuda", marks=ON_HOPPER)])

@@ -22,17 +22,10 @@ from engine.kernels.weights import (
     nbytes,
     shape,
 )
-from tests.engine.kernel_inputs import assert_near, randn, random_weight
+from tests.engine.kernel_inputs import ON_HOPPER, assert_near, randn, random_weight
 
 CPU = torch.device("cpu")
 FORMS = ("nvfp4", "int4")
-needs_hopper = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="needs an NVIDIA GPU of capability 9.0",
-    ),
-]
 
 
 def four_bit(form: str, *sizes: int, seed: int, device: torch.device = CPU) -> Nvfp4Weight | Int4Weight:
@@ -109,7 +102,7 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("tile", [pytest.param(tile, marks=needs_hopper) for tile in (32, 64, 128)])
+@pytest.mark.parametrize("tile", [pytest.param(tile, marks=ON_HOPPER) for tile in (32, 64, 128)])
 @pytest.mark.parametrize("name", CHOICES)
 @pytest.mark.parametrize(("gate_up", "down"), [("nvfp4", "nvfp4"), ("int4", "int4"), ("int4", "nvfp4")])
 @pytest.mark.parametrize("sizes", [(256, 128), (384, 192), (2816, 704)])
@@ -133,7 +126,7 @@ def test_experts_by_fragments(tile: int, name: str, gate_up: str, down: str, siz
     assert torch.equal(in_order.sort(dim=-1).values, x.sort(dim=-1).values)
 
 
-@pytest.mark.parametrize("value", [pytest.param(float(value), marks=needs_hopper) for value in ("inf", "-inf", "nan")])
+@pytest.mark.parametrize("value", [pytest.param(float(value), marks=ON_HOPPER) for value in ("inf", "-inf", "nan")])
 def test_what_is_not_finite_stays_in_its_row(value: float) -> None:
     device = torch.device("cuda")
     chosen = CHOICES["random"].to(device)
