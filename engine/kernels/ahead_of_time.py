@@ -23,7 +23,8 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from engine.kernels import (
     attention,
-    attention_hopper,
+    attention_hopper_256,
+    attention_hopper_512,
     experts,
     experts_hopper,
     linears,
@@ -45,7 +46,8 @@ MODULES: tuple[Callable[[], list[KernelCase]], ...] = (
     rounding.cases,
     unpacking.cases,
     attention.cases,
-    attention_hopper.cases,
+    attention_hopper_256.cases,
+    attention_hopper_512.cases,
     norms.cases,
     output.cases,
     soft_embedding.cases,

@@ -11,7 +11,6 @@ low, high and pages only: splits are divided by the block's own positions, never
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -34,30 +33,28 @@ ROW_ALIGN = 64  # a segment begins at a multiple of this, so no block of rows ho
 
 @dataclass(frozen=True, kw_only=True)
 class Tiling:
-    """BM rows (positions times heads of a key head) by BN positions, of which PAGE is a multiple. `shares`: programs
-    that each make so many of a value's columns, all with the same scores."""
+    """BM rows (positions times heads of a key head) by BN positions, of which PAGE is a multiple."""
 
     BM: int
     BN: int
     splits: int
     warps: int
     stages: int
-    shares: int = 1
 
 
 @triton.jit
 def attention_kernel(
     queries, keys, values, low, high, segment, table, out, parts, sums, rows, width, heads,
     kv_heads: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr, SHARES: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One program a block of BM // GROUP rows, a key head and D // SHARES columns of its values, and a split.
+    """One program a block of BM // GROUP rows, a key head, and a split.
 
     SPLITS == 1: out [R, H, D]. Otherwise parts float32 [SPLITS, R, H, D], already divided by the split's own sum, and
     sums float32 [SPLITS, R, H], the logarithm (base 2) of that sum; -inf where the split has nothing for the row.
     """
     block = tl.program_id(0)
-    head = tl.program_id(1) // SHARES
+    head = tl.program_id(1)
     split = tl.program_id(2)
     first = block * (BM // GROUP)
     lanes = tl.arange(0, BM)
@@ -69,7 +66,6 @@ def attention_kernel(
     place = row.to(tl.int64) * heads + head * GROUP + lanes % GROUP  # of [R, H]
     columns = tl.arange(0, D)
     query = tl.load(queries + place[:, None] * D + columns[None, :])
-    mine = tl.program_id(1) % SHARES * (D // SHARES) + tl.arange(0, D // SHARES)
 
     start = tl.min(tl.where(end > begin, begin, 2147483647), 0) // BN * BN
     stop = tl.max(end, 0)
@@ -80,13 +76,13 @@ def attention_kernel(
 
     best = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
-    acc = tl.zeros((BM, D // SHARES), tl.float32)
+    acc = tl.zeros((BM, D), tl.float32)
     for tile in range(from_tile, to_tile):
         base = start + tile * BN
         page = tl.load(pages + base // PAGE).to(tl.int64)
         stored = (page * PAGE + base % PAGE + tl.arange(0, BN)) * kv_heads + head
         key = tl.load(keys + stored[None, :] * D + columns[:, None])
-        value = tl.load(values + stored[:, None] * D + mine[None, :])
+        value = tl.load(values + stored[:, None] * D + columns[None, :])
         scores = dot(query, key, tl.zeros((BM, BN), tl.float32)) * LOG2_E
         position = base + tl.arange(0, BN)[None, :]
         scores = tl.where((position >= begin[:, None]) & (position < end[:, None]), scores, float("-inf"))
@@ -100,10 +96,10 @@ def attention_kernel(
     divisor = tl.where(total == 0.0, 1.0, total)
     result = acc / divisor[:, None]
     if SPLITS == 1:
-        tl.store(out + place[:, None] * D + mine[None, :], rounded(result, out.dtype.element_ty), mask=live[:, None])
+        tl.store(out + place[:, None] * D + columns[None, :], rounded(result, out.dtype.element_ty), mask=live[:, None])
     else:
         place += split * rows.to(tl.int64) * heads
-        tl.store(parts + place[:, None] * D + mine[None, :], result, mask=live[:, None])
+        tl.store(parts + place[:, None] * D + columns[None, :], result, mask=live[:, None])
         tl.store(sums + place, tl.where(total == 0.0, float("-inf"), best + tl.log2(divisor)), mask=live)
 
 
@@ -128,35 +124,22 @@ def join_kernel(parts, sums, out, count, D: tl.constexpr, SPLITS: tl.constexpr, 
     tl.store(out + place[:, None] * D + columns[None, :], rounded(acc, out.dtype.element_ty), mask=live[:, None])
 
 
-# By bytes of a row's columns, 1024 or more, and whether there are many rows.
-HOPPER: Mapping[tuple[int, bool], Tiling] = {
-    (512, True): Tiling(BM=128, BN=64, splits=1, warps=8, stages=2),
-    (1024, False): Tiling(BM=128, BN=32, splits=2, warps=8, stages=2, shares=2),
-    (1024, True): Tiling(BM=128, BN=64, splits=1, warps=8, stages=1, shares=2),
-}
-
-
 def tiling(head_dim: int, group: int, itemsize: int, chip: int, rows: int) -> Tiling:
     """Tile sizes for a head size, `group` query heads a key head, a chip such as 90 and so many rows.
 
     The queries' tile and those of keys and values must fit the chip's shared memory, and the float32 sums [BM, columns]
-    the registers: 64 rows of 512 take all that eight warps have. Hopper holds 128 rows of 512 columns if two programs
-    make half of the values' columns each: both make the scores, but a warp group has rows of its own and exchanges
-    nothing with the other. A prompt's many rows are blocks enough without splits. Hopper's as measured (LOG.md).
+    the registers: 64 rows of 512 take all that eight warps have. A prompt's many rows are blocks enough without splits.
     """
-    width, many = head_dim * itemsize, rows_class(rows) > 512
+    width, splits = head_dim * itemsize, 1 if rows_class(rows) > 512 else 2
     roomy = SHARED_LIMIT[chip] > 160_000
-    measured = HOPPER.get((min(width, 1024), many)) if chip == 90 else None
-    if measured is not None:
-        found = measured
-    elif width <= 256:
-        found = Tiling(BM=64, BN=64, splits=2, warps=4, stages=2)
+    if width <= 256:
+        found = Tiling(BM=64, BN=64, splits=splits, warps=4, stages=2)
     elif width <= 512:  # 256 columns of bfloat16
-        found = Tiling(BM=64, BN=64 if roomy else 32, splits=2, warps=4, stages=2)
+        found = Tiling(BM=64, BN=64 if roomy else 32, splits=splits, warps=4, stages=2)
     elif roomy:
-        found = Tiling(BM=64, BN=32, splits=2, warps=8, stages=2)
+        found = Tiling(BM=64, BN=32, splits=splits, warps=8, stages=2)
     else:
-        found = Tiling(BM=32, BN=16, splits=2, warps=4, stages=2)
+        found = Tiling(BM=32, BN=16, splits=splits, warps=4, stages=2)
     return replace(found, BM=max(found.BM, 16, group), BN=min(found.BN, PAGE))
 
 
@@ -169,11 +152,11 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView
     tile = tiling(head_dim, group, queries.element_size(), chip_of(queries.device), rows)
     out = torch.empty_like(queries)
     parts, sums = parts_of(out, tile.splits)
-    launch(attention_kernel, (triton.cdiv(rows, tile.BM // group), kv_heads * tile.shares, tile.splits))(
+    launch(attention_kernel, (triton.cdiv(rows, tile.BM // group), kv_heads, tile.splits))(
         queries, keys, values, view.low, view.high, view.segment, view.table, out, parts, sums,
         rows, view.table.shape[1], heads,
         kv_heads=kv_heads, GROUP=group, D=head_dim, PAGE=PAGE, BM=tile.BM, BN=tile.BN, SPLITS=tile.splits,
-        SHARES=tile.shares, num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     join(parts, sums, out, tile.splits)
     return out.flatten(1)
@@ -214,7 +197,7 @@ def cases() -> list[KernelCase]:
         group = 16 // kv_heads
         for chip, rows in product(SHARED_LIMIT, CLASSES):
             tile = tiling(head_dim, group, 2, chip, rows)
-            name = f"attention[{head_dim},{tile.BM}x{tile.BN}x{tile.splits},{tile.shares}]"
+            name = f"attention[{head_dim},{tile.BM}x{tile.BN}x{tile.splits}]"
             same = found.get(name)
             chips = tuple(dict.fromkeys((*(same.chips if same else ()), chip)))
             found[name] = KernelCase(
@@ -226,7 +209,7 @@ def cases() -> list[KernelCase]:
                 | {"rows": "i32:16", "width": "i32", "heads": "i32:16"},
                 constants={
                     "kv_heads": kv_heads, "GROUP": group, "D": head_dim, "PAGE": PAGE,
-                    "BM": tile.BM, "BN": tile.BN, "SPLITS": tile.splits, "SHARES": tile.shares,
+                    "BM": tile.BM, "BN": tile.BN, "SPLITS": tile.splits,
                 },
                 num_warps=tile.warps,
                 num_stages=tile.stages,

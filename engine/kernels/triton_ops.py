@@ -11,7 +11,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor
 
-from engine.kernels import attention_hopper
+from engine.kernels import attention_hopper_256, attention_hopper_512
 from engine.kernels.attention import ROW_ALIGN, attention
 from engine.kernels.chips import HOPPER, chip_of
 from engine.kernels.choosing import Choices
@@ -73,11 +73,15 @@ def attend(
     turned: int,
 ) -> Tensor:
     """As `reference.attend`; all contiguous. Here both steps learn whether queries are folded."""
-    hopper = attention_hopper.serves(heads, qk_weight, keys, turned)
+    folded = attention_hopper_512.serves(heads, qk_weight, keys, turned)
     queries = qkv_norm_rope_write(
-        heads, qk_weight, cos, sin, eps, keys, values, view.where, folded_from=turned if hopper else None
+        heads, qk_weight, cos, sin, eps, keys, values, view.where, folded_from=turned if folded else None
     )
-    return (attention_hopper.attention if hopper else attention)(queries, keys, values, view)
+    if folded:
+        return attention_hopper_512.attention(queries, keys, values, view)
+    if attention_hopper_256.serves(heads, qk_weight, keys):
+        return attention_hopper_256.attention(queries, keys, values, view)
+    return attention(queries, keys, values, view)
 
 
 def by_choice(choices: Choices) -> Ops:

@@ -10,17 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from engine.config import published_config
-from engine.kernels import attention, attention_hopper, output, soft_embedding
+from engine.kernels import attention, attention_hopper_256, attention_hopper_512, output, soft_embedding
 from engine.kernels.reference_output import Draw
 from engine.kernels.views import AttentionView, Segment
 from engine.measure.ceilings import measure_ceilings
@@ -28,8 +30,14 @@ from engine.measure.clock import Clock
 from engine.pages import PAGE
 
 ROWS, VOCAB, HIDDEN = 256, 262144, 2816
-CANVASES = (0, 512, 8192, 32768)  # positions before one
-PROMPTS = ((2048, 4096), (100, 1023))  # rows of a prompt, and positions before it
+# what attention is timed on: rows of a slot, positions before them, and whether they are a canvas
+PASSES: dict[str, tuple[tuple[int, int, bool], ...]] = {
+    **{f"canvas behind {prefix}": ((ROWS, prefix, True),) for prefix in (0, 512, 8192, 32768)},
+    "canvas committed, and the next": ((ROWS, 512, False), (ROWS, 768, True)),
+    "4 canvases behind 512": ((ROWS, 512, True),) * 4,
+    "prompt of 2048 behind 4096": ((2048, 4096, False),),
+    "prompt of 100 behind 1023": ((100, 1023, False),),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,47 +120,57 @@ def embeddings(device: torch.device) -> Iterator[Work]:
 
 
 def attention_side(device: torch.device) -> Iterator[Work]:
-    """Full layers, whose keys are their values times a weight where RoPE turns nothing: by the usual kernel, and by
-    Hopper's own where it serves them. For the time of these alone, queries need not be folded."""
+    """Both kinds of layers, by the usual kernel and by Hopper's own where one serves them. For the time of these alone,
+    queries need not be folded, nor keys be values."""
     config = published_config()
-    layer, heads = config.layers[-1], config.num_heads
-    for title, rows, prefix, canvas in (
-        *((f"canvas behind {prefix}", ROWS, prefix, True) for prefix in CANVASES),
-        *((f"prompt of {rows} behind {prefix}", rows, prefix, False) for rows, prefix in PROMPTS),
-    ):
-        view = behind(prefix, rows, canvas, device)
+    heads = config.num_heads
+    for layer, (title, parts) in product((config.layers[0], config.layers[-1]), PASSES.items()):
+        window = config.sliding_window if layer.kind == "sliding" else None
+        view = behind(parts, window, device)
         queries = torch.randn(len(view.low), heads, layer.head_dim, device=device, dtype=torch.bfloat16)
         queries *= layer.head_dim**-0.5
         stored = (view.table.numel(), PAGE, layer.kv_heads, layer.head_dim)
         keys, values = (torch.randn(stored, device=device, dtype=torch.bfloat16) for _ in range(2))
         projected = queries.new_empty(len(view.low), heads + layer.kv_heads, layer.head_dim)
         ways = {"usual": attention.attention}
-        if attention_hopper.serves(projected, projected[0], keys, layer.turned):
-            ways["Hopper's"] = attention_hopper.attention
+        if attention_hopper_512.serves(projected, projected[0], keys, layer.turned):
+            ways["Hopper's"] = attention_hopper_512.attention
+        elif attention_hopper_256.serves(projected, projected[0], keys):
+            ways["Hopper's"] = attention_hopper_256.attention
         seen = int((view.high - view.low).sum())
+        lowest = [int(view.low[segment.first]) for segment in view.segments]
+        positions = sum(each.start + each.count - low for each, low in zip(view.segments, lowest, strict=True))
         position = 2 * layer.kv_heads * layer.head_dim * keys.element_size()
         for name, op in ways.items():
             yield Work(
-                name=f"attention, {title}, {name}",
+                name=f"attention, {layer.kind}, {title}, {name}",
                 run=partial(op, queries, keys, values, view),
-                bytes=2 * queries.nbytes + (prefix + rows) * position,
+                bytes=2 * queries.nbytes + positions * position,
                 flops=4 * seen * heads * layer.head_dim,
             )
 
 
-def behind(prefix: int, rows: int, canvas: bool, device: torch.device) -> AttentionView:
-    """So many rows of one slot, filled up, behind a prefix whose pages lie anywhere."""
-    filled = -(-rows // attention.ROW_ALIGN) * attention.ROW_ALIGN
-    high = torch.full((filled,), prefix + rows) if canvas else prefix + 1 + torch.arange(filled)
-    high[rows:] = 0
-    nothing = torch.zeros(filled, dtype=torch.int32, device=device)
+def behind(parts: Sequence[tuple[int, int, bool]], window: int | None, device: torch.device) -> AttentionView:
+    """So many rows of a slot each, filled up, behind so many positions, of a canvas or not; pages lie anywhere."""
+    width = max(-(-(prefix + rows) // PAGE) for rows, prefix, _ in parts)
+    segments, low, high, of_rows = [], [], [], []
+    for index, (rows, prefix, canvas) in enumerate(parts):
+        segments.append(Segment(sum(map(len, low)), rows, canvas, prefix))
+        position = prefix + torch.arange(rows)
+        before = torch.full_like(position, prefix) if canvas else position
+        end = torch.full_like(position, prefix + rows) if canvas else position + 1
+        begin = torch.zeros_like(position) if window is None else (before - (window - 1)).clamp(min=0)
+        fill = -rows % attention.ROW_ALIGN
+        low.append(F.pad(begin, (0, fill)))
+        high.append(F.pad(end, (0, fill)))
+        of_rows.append(torch.full((rows + fill,), index))
     return AttentionView(
-        segments=(Segment(0, rows, canvas, prefix),),
-        low=nothing,
-        high=high.int().to(device),
-        segment=nothing,
-        table=torch.randperm(-(-(prefix + rows) // PAGE)).int()[None].to(device),
-        where=nothing,
+        segments=tuple(segments),
+        low=torch.cat(low).int().to(device),
+        high=torch.cat(high).int().to(device),
+        segment=torch.cat(of_rows).int().to(device),
+        table=torch.randperm(len(parts) * width).int().view(-1, width).to(device),
+        where=torch.cat(of_rows).int().to(device),
     )
 
 

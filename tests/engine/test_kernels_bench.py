@@ -12,7 +12,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value|divide b
 
 @pytest.mark.parametrize("group", kernels.GROUPS)
 def test_every_op_runs(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = {"ROWS": 2, "VOCAB": 256, "HIDDEN": 16, "CANVASES": (0, 70), "PROMPTS": ((3, 5),)}
+    small = {
+        "ROWS": 2,
+        "VOCAB": 256,
+        "HIDDEN": 16,
+        "PASSES": {"one": ((3, 70, True),), "two": ((3, 5, False), (2, 8, True))},
+    }
     for name, size in small.items():
         monkeypatch.setattr(kernels, name, size)
     names = []
