@@ -10,7 +10,6 @@ Invariant: as `grouped`: tiles of rows are the fastest grid axis.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import product
 
 from torch import Tensor
 from triton.experimental import gluon
@@ -269,16 +268,18 @@ def fragments_kernel(
         )  # fmt: skip
 
 
-# Stages of a program's pipeline and, where a cap makes room for one more program, a thread's registers; by whether
-# there is a gate, and BM. The fastest of those that tests.bench.tune_experts times on an H200 (LOG.md, 2026-11-29).
-TILINGS: Mapping[tuple[bool, int], tuple[int, int | None]] = {
+# Stages of a program's pipeline and, where a cap makes room for one more program, a thread's registers; by format,
+# whether there is a gate, and BM. The fastest of those that tests.bench.tune_experts times on an H200 (LOG.md).
+_EITHER: Mapping[tuple[bool, int], tuple[int, int | None]] = {
     (True, 32): (2, 128),
-    (True, 64): (2, 168),
+    (True, 64): (2, 128),
     (True, 128): (2, None),
     (False, 32): (3, None),
     (False, 64): (3, None),
     (False, 128): (4, None),
 }
+TILINGS = {(form, *sort): tiling for form in ("nvfp4", "int4") for sort, tiling in _EITHER.items()}
+TILINGS["int4", True, 64] = (2, 168)
 
 
 def launch_fragments(
@@ -287,7 +288,7 @@ def launch_fragments(
     """x bfloat16 [R, K] in the order of fragments. gated: out [positions, width], in that order too, `active` choices
     being made by a row; else [choices, width]. Rows as a routing schedule gives them."""
     _, outputs, blocks, _ = weight.words.shape
-    stages, registers = TILINGS[gated, bm]
+    stages, registers = TILINGS[weight.form, gated, bm]
     launch(fragments_kernel, (rows.tiles, outputs // 2))(
         x, weight.words, weight.scale, weight.scale if weight.row_scale is None else weight.row_scale,
         rows.order, rows.expert, rows.start, rows.rows, out, out.shape[1], blocks,
@@ -302,8 +303,7 @@ def cases() -> list[KernelCase]:
     indices = dict.fromkeys(("order", "expert", "start", "rows"), "*i32")
     sizes = {"out": "*bf16:16", "width": "i32:16", "blocks": "i32"}
     found = []
-    for form, (gated, bm) in product(("nvfp4", "int4"), TILINGS):
-        stages, registers = TILINGS[gated, bm]
+    for (form, gated, bm), (stages, registers) in TILINGS.items():
         row_scale = {"row_scale": "*fp32:16" if form == "nvfp4" else "*i32:16"}
         constants = {"A": 8, "GATED": gated, "FORMAT": form, "BM": bm, "BLOCKS": 2 if gated else 1, "STAGES": stages}
         found.append(

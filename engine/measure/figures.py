@@ -21,7 +21,7 @@ from engine.measure.roofline import Ceilings, Rows, Work, joined_rows, pass_work
 LAPS = 20
 FEW = 3
 TURNS = 5
-REST = 0.3  # seconds before a turn: a prefix that is kept was committed a while ago, so the device is not hot from it
+REST = 0.3  # seconds after a prefix: it is kept from earlier, and its commit leaves a device at less than full clock
 SECONDS = 4.0  # a figure takes about this long at most; one lap of each is run whatever it takes
 WARM_UP = 3  # the first compiles and the second captures, where there are graphs
 
@@ -97,6 +97,8 @@ def denoise_step(bench: Bench, prefix: int, *, slots: int = 1) -> Passes:
     rig.clear()
     for slot in seats:
         rig.commit(rig.ids(prefix), slot)
+    clock.wait()
+    time.sleep(REST)
     for _ in range(WARM_UP):
         rig.open(seats)
         step()

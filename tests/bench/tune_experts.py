@@ -112,7 +112,7 @@ def launcher(form: str, gated: bool, experts: int, rows: int, bm: int) -> tuple[
 def _launch_fragments(
     matrix: FragmentWeight, x: torch.Tensor, tiles: Rows, out: torch.Tensor, gated: bool, active: int, tile: Tiling
 ) -> None:
-    with mock.patch.dict(experts_hopper.TILINGS, {(gated, tile.BM): (tile.stages, tile.registers)}):
+    with mock.patch.dict(experts_hopper.TILINGS, {(matrix.form, gated, tile.BM): (tile.stages, tile.registers)}):
         launch_fragments(x, matrix, tiles, out, tile.BM, gated=gated, active=active)
 
 
