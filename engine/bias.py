@@ -11,7 +11,8 @@ Shapes: S slots, n canvases of a pass, C canvas, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -35,8 +36,8 @@ class Bias:
         self._seen = torch.zeros(0, 0, dtype=torch.bool)  # [S, V]: occurred in the reply before this canvas
         self._presence = self._frequency = torch.zeros(0)  # float32 [S]
 
-    def set(self, slot: int, sampling: Sampling, said: Mapping[int, int]) -> None:
-        """For a canvas that opens: the request's own bias, and what it costs to repeat `said` (id: times)."""
+    def set(self, slot: int, sampling: Sampling, said: Iterable[int]) -> None:
+        """For a canvas that opens: the request's own bias, and what it costs to repeat the ids `said`."""
         if self._added is None:
             self._added = torch.zeros(self._sizes, device=self._device)
             self._seen = torch.zeros(self._sizes, dtype=torch.bool, device=self._device)
@@ -46,11 +47,11 @@ class Bias:
         for token_id, value in sampling.logit_bias:
             added[token_id] = -torch.inf if value <= BAN else value
         if sampling.presence_penalty or sampling.frequency_penalty:
-            said = {token_id: times for token_id, times in said.items() if token_id not in self._exempt_ids}
-            for token_id, times in said.items():
+            counts = {token_id: times for token_id, times in Counter(said).items() if token_id not in self._exempt_ids}
+            for token_id, times in counts.items():
                 cost = sampling.presence_penalty + sampling.frequency_penalty * times
                 added[token_id] = added.get(token_id, 0.0) - cost
-            self._seen[slot, torch.tensor(list(said), dtype=torch.int64, device=self._device)] = True
+            self._seen[slot, torch.tensor(list(counts), dtype=torch.int64, device=self._device)] = True
         ids = torch.tensor(list(added), dtype=torch.int64, device=self._device)
         self._added[slot, ids] = torch.tensor(list(added.values()), dtype=torch.float32, device=self._device)
         self._presence[slot], self._frequency[slot] = sampling.presence_penalty, sampling.frequency_penalty

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
@@ -320,9 +319,10 @@ class DiffusionEngine:
 
     def _look(self, chunks: Sequence[CommitChunk]) -> None:
         """Have the vision tower see the images that are committed now."""
-        numbers = {run.number for chunk in chunks for run in runs(chunk.token_ids)}
-        if numbers and self._vision is not None:
-            shown = [image for slot in self._scheduler.running for image in self._requested(slot).images]
+        if self._vision is None or not chunks:
+            return
+        shown = [image for slot in self._scheduler.running for image in self._requested(slot).images]
+        if shown and (numbers := {run.number for chunk in chunks for run in runs(chunk.token_ids)}):
             self._vision.look([image for image in shown if image.number in numbers])
 
     def _open_canvas(self, slot: Slot) -> Canvas:
@@ -343,7 +343,7 @@ class DiffusionEngine:
             index=reply.canvases,
             schedule=request.schedule,
             logprobs=request.logprobs,
-            said=Counter(reply.said),
+            said=reply.said,
             guided=seat.guide is not None,
         )
         if seat.guide is not None:

@@ -10,6 +10,7 @@ slot's pages cover all positions from the first one kept up to the last one rese
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
@@ -122,7 +123,7 @@ class SlotPages:
 
     def __init__(self, pool: PagePool) -> None:
         self.pool = pool
-        self._pages: list[int] = []  # from page number `_first` of the slot on
+        self._pages = array("i")  # from page number `_first` of the slot on
         self._first = 0
 
     @property
@@ -136,9 +137,9 @@ class SlotPages:
         return self._first + len(self._pages)
 
     @property
-    def pages(self) -> tuple[int, ...]:
-        """The pool's numbers of the pages from `first` to `end`."""
-        return tuple(self._pages)
+    def pages(self) -> Sequence[int]:
+        """The pool's numbers of the pages from `first` to `end`, in a form that numpy need not convert."""
+        return self._pages[:]
 
     def at(self, number: int) -> int | None:
         """The pool's number of the slot's page `number`; None if it is not held."""
@@ -150,17 +151,17 @@ class SlotPages:
 
     def reserve(self, end: int) -> bool:
         """Hold pages for all positions below `end`. True if that took any."""
-        before = len(self._pages)
-        while self.end * PAGE < end:
+        missing = self.missing(end)
+        for _ in range(missing):
             self._pages.append(self.pool.take())
-        return len(self._pages) > before
+        return missing > 0
 
     def hold(self, first: int, pages: Sequence[int]) -> None:
         """Share `pages`, the slot's from number `first` on, and drop all that were held."""
         for page in pages:
             self.pool.share(page)
         self.clear()
-        self._pages, self._first = list(pages), first
+        self._pages, self._first = array("i", pages), first
 
     def replace(self, number: int, page: int) -> None:
         """Share `page` instead of the one held as number `number`."""
@@ -183,5 +184,5 @@ class SlotPages:
         """Drop every page and start again at position 0. The last one first: it will be the first to be given away."""
         for page in reversed(self._pages):
             self.pool.drop(page)
-        self._pages.clear()
+        del self._pages[:]
         self._first = 0

@@ -29,7 +29,9 @@ from engine.pages import PAGE
 # so in sliding layers only.)
 SEEING_IMAGES = KINDS
 COMMIT, CANVAS = 0, 1  # a row's mode: which of a layer's two scalars it takes
+SLIDING = KINDS.index("sliding")  # layers that see no further back than the window
 Ints = npt.NDArray[np.int32]
+IN_A_PAGE: Ints = np.arange(PAGE, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Planner:
         width: int | None = None,
     ) -> None:
         self._canvas_length = config.canvas_length
-        self._window = config.sliding_window
+        self._behind = config.sliding_window - 1  # positions that a row of a sliding layer sees before itself
         self._device = device
         self._align = row_align
         self._buckets = tuple(buckets)
@@ -103,7 +105,7 @@ class Planner:
                 raise ValueError(f"{cache.length} + {len(ids)} positions exceed the capacity of {cache.capacity}")
         pieces = self._pieces(commits, [cache for _, cache in canvases])
         for piece in pieces:
-            piece.cache.reserve(piece.start + piece.count - piece.cache.length)
+            piece.cache.reserve(piece.end - piece.cache.length)
         layout = PassLayout(
             commit_rows=sum(piece.rows for piece in pieces if not piece.canvas),
             commits=len(commits),
@@ -112,95 +114,81 @@ class Planner:
         )
         buffer = self._buffer(layout)
         host = buffer.writable()
-        at = 0
-        for ids, piece in zip((ids for ids, _ in commits), pieces, strict=False):
-            host.ids[at : at + piece.rows] = 0
-            host.ids[at : at + piece.count] = [max(0, each) for each in ids] if piece.images else ids
-            at += piece.rows
         host.slots[:] = [slot for slot, _ in canvases]
         segments = self._fill(host, pieces)
         buffer.send()
-        on_device = buffer.on_device
         return PassPlan(
             layout=layout,
             commits=tuple((cache, len(ids)) for ids, cache in commits),
-            ids=on_device["ids"],
-            slots=on_device["slots"],
-            positions=on_device["positions"],
-            modes=on_device["modes"],
-            views={
-                kind: AttentionView(
-                    segments=segments,
-                    low=on_device[f"low {kind}"],
-                    high=on_device[f"high {kind}"],
-                    segment=on_device["segment"],
-                    table=on_device[f"table {kind}"].view(layout.segments, layout.width),
-                    where=on_device[f"where {kind}"],
-                )
-                for kind in KINDS
-            },
+            ids=buffer.ids,
+            slots=buffer.slots,
+            positions=buffer.positions,
+            modes=buffer.modes,
+            views={kind: AttentionView(segments, *numbers) for kind, numbers in buffer.views.items()},
             images=_rows_of_images(pieces),
         )
 
     def _pieces(self, commits: Sequence[tuple[Sequence[int], KVCache]], canvases: Sequence[KVCache]) -> list[_Piece]:
-        coming = {id(cache): len(ids) for ids, cache in commits}
         pieces = [
-            _Piece(cache, cache.length, len(ids), self._filled(len(ids)), False, tuple(runs(ids)))
+            _Piece(cache, cache.length, len(ids), self._filled(len(ids)), False, ids, tuple(runs(ids)))
             for ids, cache in commits
         ]
+        begins = {piece.cache: piece.end for piece in pieces}
         rows = sum(piece.rows for piece in pieces)
         if pieces and (fill := next((bucket for bucket in self._buckets if bucket >= rows), rows) - rows):
             pieces[-1].rows += fill
-        length = self._canvas_length
-        return pieces + [
-            _Piece(cache, cache.length + coming.get(id(cache), 0), length, self._filled(length), True)
-            for cache in canvases
-        ]
+        length, filled = self._canvas_length, self._filled(self._canvas_length)
+        return pieces + [_Piece(cache, begins.get(cache, cache.length), length, filled, True) for cache in canvases]
 
     def _filled(self, count: int) -> int:
         return -(-count // self._align) * self._align
 
     def _fill(self, host: _Host, pieces: Sequence[_Piece]) -> tuple[Segment, ...]:
-        """Write rows and page tables; return the segments."""
-        host.all_rows[:] = 0
-        for kind in KINDS:
-            host.where[kind][:] = NOWHERE
+        """Write all but slots and modes; return the segments."""
+        host.tables[:] = -1
+        for kind, tables in zip(KINDS, host.tables, strict=True):
+            for table, piece in zip(tables, pieces, strict=True):
+                held = piece.cache.pages[kind]
+                table[held.first : held.end] = held.pages
+        begins = host.tables * PAGE  # where pages lie
         segments, first = [], 0
         for index, piece in enumerate(pieces):
-            rows, whole = slice(first, first + piece.count), slice(first, first + piece.rows)
-            end = piece.start + piece.count
-            positions = np.arange(piece.start, end, dtype=np.int32)
+            rows, filler = slice(first, first + piece.count), slice(first + piece.count, first + piece.rows)
+            host.segment[first : filler.stop] = index
+            positions = np.arange(piece.start, piece.end, dtype=np.int32)
             host.positions[rows] = positions
-            host.modes[whole] = CANVAS if piece.canvas else COMMIT
-            host.segment[whole] = index
-            for kind in KINDS:
-                host.high[kind][rows] = end if piece.canvas else positions + 1
+            if piece.canvas:
+                host.high[:, rows] = piece.end
+                # it sees what the row before it could see and one more: window - 1 positions
+                host.low[SLIDING, rows] = max(piece.start - self._behind, 0)
+            else:
+                host.high[:, rows] = positions + 1
+                host.low[SLIDING, rows] = np.maximum(positions - self._behind, 0)
+                host.ids[rows] = [max(0, each) for each in piece.ids] if piece.images else piece.ids
             for run in piece.images:
                 for kind in SEEING_IMAGES:
-                    host.high[kind][first + run.begin : first + run.end] = piece.start + run.end
-            # a canvas position sees what the row before the canvas could see and one more: window - 1 positions
-            behind = piece.start if piece.canvas else positions
-            host.low["sliding"][rows] = np.maximum(behind - (self._window - 1), 0)
-            for kind in KINDS:
-                held = piece.cache.pages[kind]
-                table = host.table[kind][index]
-                table[:] = -1
-                table[held.first : held.end] = held.pages
-                host.where[kind][rows] = table[positions // PAGE] * PAGE + positions % PAGE
+                    host.high[KINDS.index(kind), first + run.begin : first + run.end] = piece.start + run.end
+            page, offset = divmod(piece.start, PAGE)
+            places = (begins[:, index, page : -(-piece.end // PAGE), None] + IN_A_PAGE).reshape(len(KINDS), -1)
+            host.where[:, rows] = places[:, offset : offset + piece.count]
+            if piece.rows > piece.count:
+                host.ids[filler] = host.positions[filler] = host.low[:, filler] = host.high[:, filler] = 0
+                host.where[:, filler] = NOWHERE
             segments.append(Segment(first, piece.count, uniform=piece.canvas, start=piece.start))
-            first += piece.rows
+            first = filler.stop
         return tuple(segments)
 
     def _buffer(self, layout: PassLayout) -> _Buffer:
         """On a GPU, the layout's own; on a CPU a fresh one, because there nothing is replayed."""
         if self._device.type != "cuda":
-            return _Buffer(layout, self._canvas_rows(layout), self._device)
+            return self._made(layout)
         if layout not in self._buffers:
-            self._buffers[layout] = _Buffer(layout, self._canvas_rows(layout), self._device)
+            self._buffers[layout] = self._made(layout)
         return self._buffers[layout]
 
-    def _canvas_rows(self, layout: PassLayout) -> int:
-        return layout.canvases * self._filled(self._canvas_length)
+    def _made(self, layout: PassLayout) -> _Buffer:
+        rows = layout.commit_rows + layout.canvases * self._filled(self._canvas_length)
+        return _Buffer(layout, rows, self._device)
 
 
 @dataclass
@@ -212,7 +200,12 @@ class _Piece:
     count: int
     rows: int
     canvas: bool
+    ids: Sequence[int] = ()  # to commit, those of the books
     images: tuple[ImageRun, ...] = ()
+
+    @property
+    def end(self) -> int:
+        return self.start + self.count
 
 
 def _rows_of_images(pieces: Sequence[_Piece]) -> tuple[ImageRun, ...]:
@@ -224,42 +217,38 @@ def _rows_of_images(pieces: Sequence[_Piece]) -> tuple[ImageRun, ...]:
     return tuple(found)
 
 
+@dataclass(frozen=True)
 class _Host:
-    """Views of a plan's buffer in the host's memory."""
+    """A plan's numbers in the host's memory. Shapes: K kinds, R rows, G segments, W page numbers, n canvases."""
 
-    def __init__(self, parts: dict[str, Ints], layout: PassLayout) -> None:
-        self.ids, self.slots = parts["ids"], parts["slots"]
-        self.positions, self.modes = parts["positions"], parts["modes"]
-        self.segment = parts["segment"]
-        self.high = {kind: parts[f"high {kind}"] for kind in KINDS}
-        self.low = {kind: parts[f"low {kind}"] for kind in KINDS}
-        self.where = {kind: parts[f"where {kind}"] for kind in KINDS}
-        self.table = {kind: parts[f"table {kind}"].reshape(layout.segments, layout.width) for kind in KINDS}
-        self.all_rows = parts["rows"]  # positions to low, in one piece
+    ids: Ints  # [layout.commit_rows]
+    slots: Ints  # [n]
+    positions: Ints  # [R]
+    modes: Ints  # [R]
+    segment: Ints  # [R]
+    low: Ints  # [K, R]
+    high: Ints  # [K, R]
+    where: Ints  # [K, R]
+    tables: Ints  # [K, G, W]
 
 
 class _Buffer:
-    """One plan's numbers, on the host and on the device."""
+    """One plan's numbers, on the host and on the device. Modes are the layout's: written here, once."""
 
-    def __init__(self, layout: PassLayout, canvas_rows: int, device: torch.device) -> None:
-        rows = layout.commit_rows + canvas_rows
-        by_row = ("positions", "modes", "segment", *(f"{bound} {kind}" for bound in ("low", "high") for kind in KINDS))
-        sizes = dict.fromkeys(by_row, rows)
-        sizes |= {f"where {kind}": rows for kind in KINDS}
-        sizes |= {f"table {kind}": layout.segments * layout.width for kind in KINDS}
-        sizes |= {"ids": layout.commit_rows, "slots": layout.canvases}
-        starts, total = {}, 0
-        for name, size in sizes.items():
-            starts[name] = total
-            total += -(-size // 4) * 4  # 16 bytes: kernels are compiled for aligned pointers
+    def __init__(self, layout: PassLayout, rows: int, device: torch.device) -> None:
         on_gpu = device.type == "cuda"
-        self._memory = torch.zeros(total, dtype=torch.int32, pin_memory=on_gpu)
-        numbers: Ints = self._memory.numpy()
-        views = {name: numbers[start : start + sizes[name]] for name, start in starts.items()}
-        self._host = _Host(views | {"rows": numbers[: starts[f"where {KINDS[0]}"]]}, layout)
+        self._memory = torch.zeros(sum(_sizes(layout, rows)), dtype=torch.int32, pin_memory=on_gpu)
+        self._host = _Host(**{name: part.numpy() for name, part in _parts(self._memory, layout, rows).items()})
+        self._host.modes[layout.commit_rows :] = CANVAS
         self._target = torch.empty_like(self._memory, device=device) if on_gpu else self._memory
         self._sent = torch.cuda.Event() if on_gpu else None
-        self.on_device = {name: self._target[start : start + sizes[name]] for name, start in starts.items()}
+        parts = _parts(self._target, layout, rows)
+        self.ids, self.slots, self.positions, self.modes = (
+            parts[name] for name in ("ids", "slots", "positions", "modes")
+        )
+        by_kind = zip(KINDS, parts["low"], parts["high"], parts["tables"], parts["where"], strict=True)
+        # what an AttentionView has beside its segments
+        self.views = {kind: (low, high, parts["segment"], table, where) for kind, low, high, table, where in by_kind}
 
     def writable(self) -> _Host:
         """The host's side, once the device has taken what was sent last."""
@@ -271,3 +260,34 @@ class _Buffer:
         if self._sent is not None:
             self._target.copy_(self._memory, non_blocking=True)
             self._sent.record()
+
+
+def _sizes(layout: PassLayout, rows: int) -> list[int]:
+    """Numbers in the parts of a buffer: those by row, page tables, ids and slots."""
+    kinds = len(KINDS)
+    tables = kinds * _aligned(layout.segments * layout.width)
+    return [(3 + 3 * kinds) * _aligned(rows), tables, _aligned(layout.commit_rows), _aligned(layout.canvases)]
+
+
+def _parts(memory: Tensor, layout: PassLayout, rows: int) -> dict[str, Tensor]:
+    """Views of a buffer by name, shapes as in `_Host`."""
+    kinds, held = len(KINDS), layout.segments * layout.width
+    by_row, tables, ids, slots = memory.split(_sizes(layout, rows))
+    lines = by_row.view(3 * kinds + 3, -1)[:, :rows].split((kinds, kinds, kinds, 1, 1, 1))
+    low, high, where, positions, modes, segment = lines
+    return {
+        "ids": ids[: layout.commit_rows],
+        "slots": slots[: layout.canvases],
+        "positions": positions[0],
+        "modes": modes[0],
+        "segment": segment[0],
+        "low": low,
+        "high": high,
+        "where": where,
+        "tables": tables.view(kinds, -1)[:, :held].view(kinds, layout.segments, layout.width),
+    }
+
+
+def _aligned(count: int) -> int:
+    """So many numbers or a few more, which take a multiple of 16 bytes: kernels are compiled for aligned pointers."""
+    return -(-count // 4) * 4

@@ -31,11 +31,11 @@ def philox(counter: Words, seed: int) -> Words:
     k0, k1 = seed & MASK32, seed >> 32
     for _ in range(ROUNDS):
         product0, product1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
-        c0 = ((product1 >> 32) & MASK32) ^ c1 ^ k0
-        c2 = ((product0 >> 32) & MASK32) ^ c3 ^ k1
-        c1, c3 = product1 & MASK32, product0 & MASK32
+        c0 = ((product1 >> 32) ^ c1 ^ k0) & MASK32
+        c2 = ((product0 >> 32) ^ c3 ^ k1) & MASK32
+        c1, c3 = product1, product0  # only their low halves count: the rest is masked away with the next c0 and c2
         k0, k1 = (k0 + KEY_INCREMENTS[0]) & MASK32, (k1 + KEY_INCREMENTS[1]) & MASK32
-    return c0, c1, c2, c3
+    return c0, c1 & MASK32, c2, c3 & MASK32
 
 
 @dataclass(frozen=True)

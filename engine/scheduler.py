@@ -248,6 +248,8 @@ class Scheduler:
         Finished canvases first: they are short, and somebody is reading. Then prompts, in turns; then, if there is no
         request left, the rest of a reply that has ended.
         """
+        if not any(slot.reply and slot.reply.pending for slot in self.slots):  # so it is before most passes
+            return self._next_rest()
         chunks = []
         for slot in self.running:
             reply = self._reply(slot)
