@@ -10,15 +10,18 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from engine.kernels import (
@@ -53,6 +56,10 @@ MODULES: tuple[Callable[[], list[KernelCase]], ...] = (
     soft_embedding.cases,
 )
 CHIPS = tuple(SHARED_LIMIT)
+# What Triton asks of a chip tells those of a group apart only where 8-bit floats are multiplied or converted. Of a
+# kernel without any it makes the same PTX for all of a group, but for the chip's name: so that is made once, and
+# assembled for each. A chip asked for alone gets PTX of its own; the tests compare.
+ALIKE = ((80, 86, 89), (120, 121))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +84,20 @@ def all_cases() -> list[KernelCase]:
 
 def compile_case(case: KernelCase, chip: int) -> Needs:
     """Compile for one chip. Raises what Triton raises; ValueError if shared memory exceeds the chip's limit."""
+    return compile_alike(case, (chip,))[0]
+
+
+def compile_alike(case: KernelCase, chips: Sequence[int]) -> list[Needs]:
+    """The same for chips with the same PTX."""
+    first, *others = chips
+    compiled = lowered(case, first)
+    cubins = {first: compiled.asm["cubin"]} | {chip: _assembled(case, compiled.asm["ptx"], chip) for chip in others}
+    shared = int(compiled.metadata.shared)
+    return [_needs(case, chip, shared, cubin) for chip, cubin in cubins.items()]
+
+
+def lowered(case: KernelCase, chip: int) -> CompiledKernel:
+    """All that Triton makes of a kernel for a chip, from source to machine code."""
     signature = {name: kind.partition(":")[0] for name, kind in case.signature.items()}
     signature |= dict.fromkeys(case.constants, "constexpr")
     order = case.kernel.arg_names
@@ -88,12 +109,25 @@ def compile_case(case: KernelCase, chip: int) -> Needs:
         constexprs=dict(case.constants),
         attrs={(order.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.most_registers}
-    compiled = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
-    shared = int(compiled.metadata.shared)
+    return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=_options(case))
+
+
+def _options(case: KernelCase) -> dict[str, Any]:
+    return {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.most_registers}
+
+
+def _assembled(case: KernelCase, ptx: str, chip: int) -> bytes:
+    """Machine code for a chip, of PTX that differs from the chip's own in its target only."""
+    backend = make_backend(GPUTarget("cuda", chip, 32))
+    own = re.sub(r"^\.target sm_\d+", f".target sm_{chip}", ptx, count=1, flags=re.MULTILINE)
+    cubin: bytes = backend.make_cubin(own, {}, backend.parse_options(_options(case)), chip)
+    return cubin
+
+
+def _needs(case: KernelCase, chip: int, shared: int, cubin: bytes) -> Needs:
     if shared > SHARED_LIMIT[chip]:
         raise ValueError(f"{case.name} needs {shared} bytes of shared memory, sm_{chip} has {SHARED_LIMIT[chip]}")
-    registers, spilled = resources(compiled.asm["cubin"])
+    registers, spilled = resources(cubin)
     return Needs(name=case.name, chip=chip, shared=shared, registers=registers, spilled=spilled)
 
 
@@ -112,18 +146,32 @@ def resources(cubin: bytes) -> tuple[int | None, int | None]:
     return (int(found[1]), int(found[2])) if found else (None, None)
 
 
-def _named(name: str, chip: int) -> Needs:
-    return compile_case(next(case for case in all_cases() if case.name == name), chip)
+@cache
+def _by_name() -> dict[str, KernelCase]:
+    return {case.name: case for case in all_cases()}
 
 
-def compile_all(chips: Iterable[int], pattern: str = "") -> list[Needs]:
+def _named(name: str, chips: Sequence[int]) -> list[Needs]:
+    return compile_alike(_by_name()[name], chips)
+
+
+def alike(case: KernelCase, chips: Iterable[int]) -> list[tuple[int, ...]]:
+    """Those of `chips` that a kernel may run on, in groups with the same PTX."""
+    apart = any("fp8" in kind for kind in case.signature.values())
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for chip in chips:
+        if chip in case.chips:
+            group = (chip,) if apart else next((group for group in ALIKE if chip in group), (chip,))
+            groups.setdefault(group, []).append(chip)
+    return [tuple(group) for group in groups.values()]
+
+
+def compile_all(chips: Sequence[int], pattern: str = "") -> list[Needs]:
     """Every case whose name contains `pattern`, for each of `chips` it may run on, in as many processes as there are
     processors."""
-    wanted = [
-        (case.name, chip) for case in all_cases() for chip in chips if chip in case.chips and pattern in case.name
-    ]
+    wanted = [(name, group) for name, case in _by_name().items() if pattern in name for group in alike(case, chips)]
     with ProcessPoolExecutor() as pool:  # a case holds a function of Triton's, which does not travel: its name does
-        return list(pool.map(_named, *zip(*wanted, strict=True))) if wanted else []
+        return list(chain.from_iterable(pool.map(_named, *zip(*wanted, strict=True)))) if wanted else []
 
 
 def main() -> None:

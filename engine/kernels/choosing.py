@@ -218,7 +218,7 @@ def _multiply(
         return multiply(given, weight, way)
     rows = x.shape[0]
     second = TILES if isinstance(following, Tensor) else linears[product_of(following, rows, gated=False)]
-    return multiply_gated(given, weight, way, order_of(following, rows, second))
+    return multiply_gated(given, weight, way, order_of(following, rows, second).of_columns)
 
 
 def plain_like(layers: Sequence[Mapping[str, Weight]]) -> Tensor:

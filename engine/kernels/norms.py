@@ -10,6 +10,7 @@ written in an order is, to the bit, what `operands.taken` would make of the same
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -20,16 +21,16 @@ from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import HOPPER, SHARED_LIMIT
-from engine.kernels.grouped import BLOCK, E4M3_CHIPS, EightBit
+from engine.kernels.grouped import E4M3_CHIPS, FORMATS, ROW_TILES, EightBit, tiling
 from engine.kernels.launching import launch
+from engine.kernels.linears import ROW_TILES as DENSE_TILES
 from engine.kernels.operands import EIGHT_BIT, FRAGMENTS, PLAIN, Operand, Order, Orders, order_for, unwritten, values_of
 from engine.kernels.readers import Entrance
 from engine.kernels.rounding import in_eight_bit
 from engine.kernels.tiles import column_of, rounded, widened
 
-WARPS = 8  # of a row of 2816: twelve numbers a thread
-# Those in which rows of the model's width may be taken, whatever is chosen.
-ORDERS = (PLAIN, EIGHT_BIT, *(order_for(form, block) for form in ("fp8", "nvfp4") for block in (BLOCK, 2 * BLOCK)))
+MODEL_WIDTH = 2816
+WARPS = 8  # of such a row: twelve numbers a thread
 ROW, VECTOR = "*bf16:16", "*fp32:16"
 
 
@@ -284,7 +285,9 @@ def join_layer(
 
 
 def cases() -> list[KernelCase]:
-    """At the model's shapes: rows of 2816; 16 heads, 8 key heads of 256 and 2 of 512."""
+    """At the model's shapes: rows of 2816; 16 heads, 8 key heads of 256 and 2 of 512. Joins in the orders that may be
+    chosen on a chip: any for the dense layers beside any for the experts, since a checkpoint may store each its way,
+    and where all of 8 bit is refused for one of them, that one is decoded."""
     found = [
         KernelCase(
             name=f"rms_norm[{'weighted' if weighted else 'plain'}]",
@@ -296,9 +299,16 @@ def cases() -> list[KernelCase]:
         )
         for weighted in (True, False)
     ]
-    found += [_attention_case(*orders) for orders in product(ORDERS, repeat=2)]
-    found += [_attention_case(mlp, FRAGMENTS) for mlp in ORDERS]
-    found += [_layer_case(order) for order in ORDERS]
+    joins: dict[tuple[Order, Order], list[int]] = {}
+    layers: dict[Order, list[int]] = {}
+    for chip in SHARED_LIMIT:
+        split = _orders(chip, DENSE_TILES, gated=False)
+        for orders in product(split | _orders(chip, DENSE_TILES, gated=True), _experts_orders(chip)):
+            joins.setdefault(orders, []).append(chip)
+        for order in split:  # a single matrix follows, or a norm that nobody reads in an order
+            layers.setdefault(order, []).append(chip)
+    found += [_attention_case(*orders, tuple(chips)) for orders, chips in joins.items()]
+    found += [_layer_case(order, tuple(chips)) for order, chips in layers.items()]
     for head_dim, kv_heads, count, folded_from in ((256, 8, 32, 128), (512, 2, 18, 256), (512, 2, 18, 64)):
         folded = ",folded" if folded_from < head_dim // 2 else ""
         found.append(
@@ -315,6 +325,20 @@ def cases() -> list[KernelCase]:
     return found
 
 
+def _orders(chip: int, row_tiles: Sequence[int], *, gated: bool) -> dict[Order, None]:
+    """How weights of the model's width may want rows on a chip: plain, in 8 bit, or as their tiles decode them."""
+    forms = [form for form in FORMATS if form != "e4m3" or chip in E4M3_CHIPS]
+    tiles = product(forms, row_tiles)
+    return dict.fromkeys(
+        order_for(form, tiling(form, bm, MODEL_WIDTH, gated=gated, chip=chip).BK) for form, bm in tiles
+    )
+
+
+def _experts_orders(chip: int) -> dict[Order, None]:
+    """The same of experts. Where 4-bit ones lie as fragments, those that do not fit stay as they are."""
+    return _orders(chip, ROW_TILES, gated=True) | ({FRAGMENTS: None} if chip == HOPPER else {})
+
+
 def _handed_over(name: str, order: Order) -> dict[str, str]:
     """The types of rows in an order, and of their scales."""
     if order == EIGHT_BIT:
@@ -322,14 +346,15 @@ def _handed_over(name: str, order: Order) -> dict[str, str]:
     return {name: ROW, f"{name}_scale": ROW}
 
 
-def _join_case(name: str, kernel: Any, signature: dict[str, str], sizes: dict[str, int], **orders: Order) -> KernelCase:
+def _join_case(
+    name: str, kernel: Any, signature: dict[str, str], sizes: dict[str, int], chips: tuple[int, ...], **orders: Order
+) -> KernelCase:
     constants: dict[str, Any] = {"LANES": 4096} | sizes
     for reader, order in orders.items():
         constants |= {reader: order.form, f"{reader}_BK": order.block}
     told = " and ".join(
         order.form if order in (PLAIN, EIGHT_BIT) else " ".join(map(str, order)) for order in orders.values()
     )
-    chips = E4M3_CHIPS if EIGHT_BIT in orders.values() else tuple(SHARED_LIMIT)
     return KernelCase(
         name=f"{name}[{told}]",
         kernel=kernel,
@@ -337,19 +362,19 @@ def _join_case(name: str, kernel: Any, signature: dict[str, str], sizes: dict[st
         constants=constants,
         num_warps=WARPS,
         num_stages=3,
-        chips=(HOPPER,) if FRAGMENTS in orders.values() else chips,
+        chips=chips,
     )
 
 
-def _attention_case(mlp: Order, experts: Order) -> KernelCase:
+def _attention_case(mlp: Order, experts: Order, chips: tuple[int, ...]) -> KernelCase:
     weights = ("post_weight", "mlp_weight", "experts_weight", "router_weight")
     signature = dict.fromkeys(("x", "projected", "h", "router"), ROW) | dict.fromkeys(weights, VECTOR)
     signature |= _handed_over("mlp", mlp) | _handed_over("experts", experts)
-    return _join_case("join_attention", join_attention_kernel, signature, {}, MLP=mlp, EXPERTS=experts)
+    return _join_case("join_attention", join_attention_kernel, signature, {}, chips, MLP=mlp, EXPERTS=experts)
 
 
-def _layer_case(following: Order) -> KernelCase:
+def _layer_case(following: Order, chips: tuple[int, ...]) -> KernelCase:
     weights = ("shares", "mlp_weight", "experts_weight", "post_weight", "scalars", "next_weight")
     signature = dict.fromkeys(("h", "mlp", "parts", "x"), ROW) | dict.fromkeys(weights, VECTOR)
     signature |= {"modes": "*i32:16"} | _handed_over("normed", following)
-    return _join_case("join_layer", join_layer_kernel, signature, {"A": 8}, NEXT=following)
+    return _join_case("join_layer", join_layer_kernel, signature, {"A": 8}, chips, NEXT=following)

@@ -19,20 +19,43 @@ CHIPS = (80, 86, 89, 90, 100, 120, 121)
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+# For one kernel of each function, how many PTX there are for each group of chips for which one is made, names aside.
+COMPARE = """
+import re
+from engine.kernels.ahead_of_time import CHIPS, all_cases, alike, lowered
+
+seen = set()
+for case in all_cases():
+    for group in alike(case, CHIPS):
+        if len(group) > 1 and (case.kernel, group) not in seen:
+            seen.add((case.kernel, group))
+            print(len({re.sub(r"sm_\\d+", "", lowered(case, chip).asm["ptx"]) for chip in group}), case.name, group)
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("triton")
+
+
+def lines(cache: Path, *arguments: str) -> list[str]:
+    """What Python says to `arguments`, while Triton compiles."""
     told = subprocess.run(
-        [sys.executable, "-m", "engine.kernels.ahead_of_time"],
+        [sys.executable, *arguments],
         cwd=ROOT,
-        env=environment,
+        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
         check=False,
     )
     assert told.returncode == 0, told.stderr[-3000:]
-    rows = [line.rsplit(maxsplit=4) for line in told.stdout.splitlines()[1:]]
+    return told.stdout.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_kernel_compiles_for_every_chip(cache: Path) -> None:
+    rows = [line.rsplit(maxsplit=4) for line in lines(cache, "-m", "engine.kernels.ahead_of_time")[1:]]
     # a tile may depend on the chip, what there is a kernel for may not
     kernels = [(re.sub(r"\d+x\d+(x\d+)*(,\d+w\d+s|,\d)?", "tile", row[0]), row[1]) for row in rows]
     per_chip = {chip: {name for name, where in kernels if where == str(chip)} for chip in CHIPS}
@@ -40,9 +63,19 @@ def test_every_kernel_compiles_for_every_chip(tmp_path: Path) -> None:
     # chips whose matrix units multiply no 8-bit floats do without
     eight_bit = {name for name in per_chip[90] if "e4m3" in name or name.startswith("round[")}
     assert len(eight_bit) > 8
-    hopper = {name for name in per_chip[90] if "hopper" in name or "fragment" in name}  # in Gluon, and what is for it
+    # in Gluon, and what is for it; and rows as the dense MLP's tiles of 128 columns of 4 bit want them
+    only = ("hopper", "fragment", "join_attention[nvfp4 128 and")
+    hopper = {name for name in per_chip[90] if any(part in name for part in only)}
     assert hopper
     missing = {chip: (eight_bit if chip < 89 else set()) | (hopper if chip != 90 else set()) for chip in CHIPS}
     assert all(names == per_chip[90] - missing[chip] for chip, names in per_chip.items())
     spills = {(name, chip) for name, chip, _, spilled, _ in rows if int(spilled.replace("?", "0")) > 64}
     assert spills <= PAID
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_chips_that_share_ptx_would_get_the_same(cache: Path) -> None:
+    compared = lines(cache, "-c", COMPARE)
+    assert len(compared) > 20
+    assert not [line for line in compared if not line.startswith("1 ")]

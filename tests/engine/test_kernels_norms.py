@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import product
-
 import pytest
 import torch
 from torch import Tensor
 
 from engine.kernels import norms, reference
-from engine.kernels.chips import SHARED_LIMIT
-from engine.kernels.grouped import FORMATS, ROW_TILES, EightBit, tiling
+from engine.kernels.grouped import BLOCK, EightBit
 from engine.kernels.operands import (
     EIGHT_BIT,
     PLAIN,
@@ -30,6 +27,8 @@ from tests.engine.kernel_inputs import assert_near, randn, skip_without_eight_bi
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered|All-NaN:RuntimeWarning")
 EPS = 1e-6
 DTYPES = [torch.float32, torch.bfloat16]
+# Those that some chip's tiles want of the model's rows, fragments aside.
+ORDERS = (PLAIN, EIGHT_BIT, *(order_for(form, block) for form in ("fp8", "nvfp4") for block in (BLOCK, 2 * BLOCK)))
 
 
 def bound(dtype: torch.dtype) -> float:
@@ -159,7 +158,7 @@ def in_order(x: Tensor, order: Order) -> Operand:
 
 
 @pytest.mark.parametrize("width", [128, 2816])
-@pytest.mark.parametrize("order", norms.ORDERS, ids=str)
+@pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_rows_are_handed_over_as_if_made_so_afterwards(order: Order, width: int, device: torch.device) -> None:
     """Some rows in an order, or all: no bit differs from what `taken` makes of plain ones."""
     if order == EIGHT_BIT:
@@ -185,14 +184,7 @@ def test_rows_are_handed_over_as_if_made_so_afterwards(order: Order, width: int,
         assert_same(mine, expected)
 
 
-def test_all_orders_that_may_be_taken_are_compiled() -> None:
-    found = {PLAIN, EIGHT_BIT}
-    for form, tile, gated, chip in product(FORMATS, ROW_TILES, (True, False), SHARED_LIMIT):
-        found.add(order_for(form, tiling(form, tile, 2816, gated=gated, chip=chip).BK))
-    assert found == set(norms.ORDERS)
-
-
-@pytest.mark.parametrize("order", norms.ORDERS, ids=str)
+@pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_a_row_handed_over_does_not_depend_on_its_neighbours(order: Order, device: torch.device) -> None:
     if order == EIGHT_BIT:
         skip_without_eight_bit(device)
