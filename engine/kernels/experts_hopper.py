@@ -151,7 +151,8 @@ def _finish(
     one, two, row_scale, order, out, matrix, first, live_rows, width,
     GATED: gl.constexpr, FORMAT: gl.constexpr, BM: gl.constexpr,
 ):  # fmt: skip
-    """Scale a tile's sums [64, BM], and store what they make."""
+    """Scale a tile's sums [64, BM], and store what they make. Its columns are neighbours in memory, but lie in eight
+    threads: they change hands in shared memory, so that a thread stores 8 at a time."""
     ACC: gl.constexpr = one.type.layout
     n = gl.program_id(1) * (64 if GATED else 128) + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
     other = width if GATED else 64  # rows from one piece to the other
@@ -161,20 +162,40 @@ def _finish(
         two = two * (gl.load(scales + other) * 256.0)[:, None]
     else:
         one, two = one * 256.0, two * 256.0
-    lanes = gl.arange(0, BM, layout=gl.SliceLayout(0, ACC))
+    meet()  # nobody reads a stage any more, whose memory this may be
+    STORE: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+    lanes = gl.arange(0, BM, layout=gl.SliceLayout(0, STORE))
     live = lanes < live_rows
     position = first + gl.where(live, lanes, 0)
+    at = gl.program_id(1) * (64 if GATED else 128) + gl.arange(0, 64, layout=gl.SliceLayout(1, STORE))
     if GATED:
         twice_root = 1.5957691216057308  # as tiles.gelu_tanh
         gate = one / (1.0 + gl.exp(-twice_root * (one + 0.044715 * one * one * one)))
-        column = n // 32 * 32 + n // 4 % 2 * 16 + n // 2 % 2 * 8 + n // 8 % 4 * 2 + n % 2  # as tiles.column_of
-        target = out + (position.to(gl.int64)[None, :] * width + column[:, None])
-        gl.store(target, (gate * two).to(gl.bfloat16), mask=live[None, :])
+        made = _exchange(_in_order(gate * two), STORE)
+        gl.store(out + (position.to(gl.int64)[None, :] * width + at[:, None]), made, mask=live[None, :])
     else:
         choice = gl.load(order + position).to(gl.int64)
-        target = out + (choice[None, :] * width + n[:, None])
-        gl.store(target, one.to(gl.bfloat16), mask=live[None, :])
-        gl.store(target + other, two.to(gl.bfloat16), mask=live[None, :])
+        target = out + (choice[None, :] * width + at[:, None])
+        gl.store(target, _exchange(one, STORE), mask=live[None, :])
+        gl.store(target + other, _exchange(two, STORE), mask=live[None, :])
+
+
+@gluon.jit
+def _in_order(made):
+    """[64, BM] with rows where `tiles.column_of` puts them."""
+    BM: gl.constexpr = made.shape[1]
+    made = made.reshape([2, 2, 2, 2, 2, 2, BM])  # a row's bits, the highest first: 5 4 3 2 1 0
+    return made.permute((0, 3, 4, 1, 2, 5, 6)).reshape([64, BM])
+
+
+@gluon.jit
+def _exchange(sums, layout: gl.constexpr):
+    """float32 [64, BM] -> bfloat16 in another layout."""
+    BM: gl.constexpr = sums.shape[1]
+    between = gl.allocate_shared_memory(gl.bfloat16, [64, BM], gl.NVMMASharedLayout(128, 16, 2, transposed=True))
+    between.store(sums.to(gl.bfloat16))
+    meet()
+    return between.load(layout)
 
 
 @gluon.jit
@@ -275,7 +296,7 @@ _EITHER: Mapping[tuple[bool, int], tuple[int, int | None]] = {
     (True, 64): (2, 128),
     (True, 128): (2, None),
     (False, 32): (3, None),
-    (False, 64): (3, None),
+    (False, 64): (3, 128),
     (False, 128): (4, None),
 }
 TILINGS = {(form, *sort): tiling for form in ("nvfp4", "int4") for sort, tiling in _EITHER.items()}
