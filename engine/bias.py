@@ -35,6 +35,7 @@ class Bias:
         self._added: Tensor | None = None  # float32 [S, V], nats
         self._seen = torch.zeros(0, 0, dtype=torch.bool)  # [S, V]: occurred in the reply before this canvas
         self._presence = self._frequency = torch.zeros(0)  # float32 [S]
+        self._filled: set[int] = set()  # slots where some of it is not zero
 
     def set(self, slot: int, sampling: Sampling, said: Iterable[int]) -> None:
         """For a canvas that opens: the request's own bias, and what it costs to repeat the ids `said`."""
@@ -43,6 +44,7 @@ class Bias:
             self._seen = torch.zeros(self._sizes, dtype=torch.bool, device=self._device)
             self._presence, self._frequency = (torch.zeros(self._sizes[0], device=self._device) for _ in range(2))
         self.clear(slot)
+        self._filled.add(slot)
         added: dict[int, float] = {}
         for token_id, value in sampling.logit_bias:
             added[token_id] = -torch.inf if value <= BAN else value
@@ -63,7 +65,8 @@ class Bias:
 
     def clear(self, slot: int) -> None:
         """For a canvas of a request that wants none."""
-        if self._added is not None:
+        if self._added is not None and slot in self._filled:
+            self._filled.remove(slot)
             self._added[slot] = 0
             self._seen[slot] = False
             self._presence[slot] = self._frequency[slot] = 0

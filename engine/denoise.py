@@ -34,11 +34,11 @@ from engine.canvas import Canvas, Flags, resolve
 from engine.config import GenerationDefaults
 from engine.graphs import Graphs
 from engine.interface import MAX_DENOISING_STEPS, Sampling, Schedule, TokenLogprobs
+from engine.kernels.reference_canvas import CanvasStart, CanvasState
 from engine.kernels.reference_output import Draw, Reading
 from engine.kv_cache import KVCache
 from engine.logprobs import logprobs_of, token_logprobs
 from engine.plan import PassPlan
-from engine.rng import canvas_noise
 
 ATTEMPTS = 2  # the first draw and one re-draw
 
@@ -57,6 +57,8 @@ class Model(Protocol):
     def embed_soft(self, probabilities: Tensor) -> Tensor: ...
 
     def embed(self, ids: Tensor) -> Tensor: ...
+
+    def start_canvas(self, state: CanvasState, slot: int, start: CanvasStart) -> None: ...
 
     @property
     def softcap(self) -> float: ...
@@ -86,31 +88,12 @@ class Denoiser:
         self._device = device
         self._tables: dict[int, Tensor] = {}  # of temperatures, by the number of passes
         passes = max(schedule.max_denoising_steps, MAX_DENOISING_STEPS)
-        shape = (slots, canvas_length)
-
-        def state(*sizes: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(sizes, dtype=dtype, device=device)
-
-        self._ids = state(*shape)  # input of the next pass
-        # What the host may ask after a pass lies together, 64 bits each, so that one copy brings it all.
-        self._seen = state(slots, 4, canvas_length)
-        self._best = self._seen[:, 0]  # argmax of the last pass; -1 before the first
-        self._entropy = self._seen.view(torch.float32)[:, 1, :canvas_length]  # of the last pass
-        self._kept = self._seen.view(torch.bool)[:, 2, :canvas_length]  # accepted in the last pass
-        self._finished = self._seen[:, 3, :2]  # whether the canvas is done; whether what was found is finite
-        # the host's copy, from the end of the last pass; and slots that have changed since
-        self._told = torch.zeros(self._seen.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
-        self._verdicts = self._told.numpy()[:, 3, :2]  # `_finished` there: numpy takes a tenth of torch's time to look
+        self._state = CanvasState(slots, canvas_length, passes, device)
+        # the host's copy of what it may see, from the end of the last pass; and slots that have changed since
+        seen = self._state.seen
+        self._told = torch.zeros(seen.shape, dtype=torch.int64, pin_memory=device.type == "cuda")
+        self._verdicts = self._told.numpy()[:, 3, :2]  # `finished` there: numpy takes a tenth of torch's time to look
         self._changed: set[int] = set()
-        self._pins = state(*shape) - 1  # the id a position is held at; -1 = free
-        self._passes, self._unchanged = state(slots), state(slots)
-        self._temperatures = state(slots, passes, dtype=torch.float32)  # by pass
-        self._entropy_bound, self._confidence = (state(slots, dtype=torch.float32) for _ in range(2))
-        self._stability = state(slots)
-        self._noise_ids = state(slots, passes + 1, canvas_length)
-        self._uniforms = state(slots, passes + 1, canvas_length, dtype=torch.float32)
-        self._request_temperature, self._top_p, self._min_p = (state(slots, dtype=torch.float32) for _ in range(3))
-        self._top_k = state(slots, dtype=torch.int32)
         self._bias = Bias(slots, vocab_size, schedule, device)
         # made by the first pass, which knows size and dtype, and never again
         self._soft: Tensor | None = None  # [S, C, M], the expected embedding under the last pass; 0 before the first
@@ -133,19 +116,10 @@ class Denoiser:
         """A fresh canvas of noise in a slot: number `index` of its reply. `said`: the ids of it so far."""
         chosen = resolve(schedule or Schedule(), self._schedule)
         canvas = Canvas(slot=slot, index=index, sampling=sampling, schedule=chosen, logprobs=logprobs, guided=guided)
-        self._pins[slot] = -1
-        self._temperatures[slot, : chosen.max_denoising_steps] = self._table(chosen.max_denoising_steps)
-        self._entropy_bound[slot] = chosen.entropy_bound
-        self._confidence[slot] = chosen.confidence_threshold
-        self._stability[slot] = chosen.stability_threshold
         if canvas.biased:
             self._bias.set(slot, sampling, said)
         else:
             self._bias.clear(slot)
-        self._request_temperature[slot] = sampling.temperature
-        self._top_p[slot] = sampling.top_p
-        self._min_p[slot] = sampling.min_p
-        self._top_k[slot] = min(sampling.top_k, self._vocab_size)
         self._start(canvas)
         return canvas
 
@@ -175,8 +149,8 @@ class Denoiser:
             self._advance(canvas, done=done, finite=finite)
 
     def _wait(self, slots: list[int]) -> list[list[bool]]:
-        """Have the host's copy made, all that the host waits for; returns the slots' `_finished`."""
-        self._told.copy_(self._seen)
+        """Have the host's copy made, all that the host waits for; returns the slots' `finished`."""
+        self._told.copy_(self._state.seen)
         self._changed.clear()
         return [[bool(each) for each in self._verdicts[slot]] for slot in slots]
 
@@ -198,28 +172,29 @@ class Denoiser:
 
     def pin(self, canvas: Canvas, start: int, token_ids: Sequence[int]) -> None:
         """Hold the positions from `start` on at `token_ids`, from now on and in every redraw."""
+        state = self._state
         ids = torch.tensor(token_ids, dtype=torch.int64, device=self._device)
         where = (canvas.slot, slice(start, start + len(ids)))
-        self._pins[where] = self._ids[where] = ids
+        state.pins[where] = state.ids[where] = ids
         canvas.pinned = True
         if canvas.passes == 0:  # nothing has been found yet
             return
-        self._best[where] = ids
-        self._entropy[where] = 0
+        state.best[where] = ids
+        state.entropy[where] = 0
         self._changed.add(canvas.slot)
         if self._soft is not None:
             self._soft[where] = self._model.embed(ids)
 
     def move(self, canvas: Canvas, target: int, sources: Sequence[int]) -> None:
         """Let what stands at `sources` stand from `target` on instead, to the end; behind them is noise again."""
-        slot = canvas.slot
+        state, slot = self._state, canvas.slot
         room = self._canvas_length - target
         come_from = torch.tensor([*sources, *[-1] * room][:room], device=self._device)
         known = come_from >= 0
         come_from.clamp_(min=0)
-        noise = self._noise_ids[slot, canvas.passes, target:]
-        self._ids[slot, target:] = torch.where(known, self._ids[slot, come_from], noise)
-        self._best[slot, target:] = torch.where(known, self._best[slot, come_from], -1)
+        noise = state.noise_ids[slot, canvas.passes, target:]
+        state.ids[slot, target:] = torch.where(known, state.ids[slot, come_from], noise)
+        state.best[slot, target:] = torch.where(known, state.best[slot, come_from], -1)
         self._changed.add(slot)
         if self._soft is not None:
             self._soft[slot, target:] = self._soft[slot, come_from] * known[:, None]
@@ -236,10 +211,10 @@ class Denoiser:
 
     def renoise(self, canvas: Canvas, position: int, avoid: Collection[int]) -> None:
         """Begin a position of a new canvas with the first of its noise that is none of `avoid`."""
-        column = self._noise_ids[canvas.slot, : canvas.schedule.max_denoising_steps + 1, position].tolist()
+        column = self._state.noise_ids[canvas.slot, : canvas.schedule.max_denoising_steps + 1, position].tolist()
         others = (token_id for token_id in range(self._vocab_size) if token_id not in avoid)
         noise = next((token_id for token_id in column if token_id not in avoid), None)
-        self._ids[canvas.slot, position] = next(others) if noise is None else noise
+        self._state.ids[canvas.slot, position] = next(others) if noise is None else noise
 
     def found(self, canvas: Canvas) -> tuple[list[int], list[float]]:
         """The argmax and the entropy in nats of every position after the last pass; pins count as found, and sure."""
@@ -248,7 +223,7 @@ class Denoiser:
     def accepted(self, canvas: Canvas) -> tuple[list[int], list[float], list[int]]:
         """What `found` tells, and the positions that the last pass accepted."""
         slot = canvas.slot
-        best, entropy, kept, _ = self._seen[slot].cpu() if slot in self._changed else self._told[slot]
+        best, entropy, kept, _ = self._state.seen[slot].cpu() if slot in self._changed else self._told[slot]
         length = self._canvas_length
         where = compress(range(length), kept.view(torch.bool)[:length].tolist())
         return best.tolist(), entropy.view(torch.float32)[:length].tolist(), list(where)
@@ -291,7 +266,8 @@ class Denoiser:
     def finish(self, canvas: Canvas) -> None:
         """End a guided canvas: what was found last, pins included, is its result."""
         canvas.state = "done"
-        found = torch.where(self._pins[canvas.slot] < 0, self._best[canvas.slot], self._pins[canvas.slot])
+        pins = self._state.pins[canvas.slot]
+        found = torch.where(pins < 0, self._state.best[canvas.slot], pins)
         canvas.result = tuple(found.clamp(min=0).tolist())
 
     def _table(self, steps: int) -> Tensor:
@@ -304,19 +280,19 @@ class Denoiser:
 
     def _pass(self, plan: PassPlan, flags: Flags) -> None:
         """All of a pass that happens on the device: reads the plan and the slots' state, changes that state only."""
-        slots = plan.slots
+        state, slots = self._state, plan.slots
         if not slots.shape[0]:
             self._model.forward(plan, None, None)
             return
-        logits = self._model.forward(plan, self._ids[slots], None if self._soft is None else self._soft[slots])
+        logits = self._model.forward(plan, state.ids[slots], None if self._soft is None else self._soft[slots])
         assert logits is not None, "there were canvases"
         self._outputs[plan.layout, flags] = logits
-        draw, pins = self._draw(slots, shaped=flags.shaped), self._pins[slots] if flags.pinned else None
+        draw, pins = self._draw(slots, shaped=flags.shaped), state.pins[slots] if flags.pinned else None
         found = []
         for index, rows in enumerate(logits):  # one after the other: the probabilities of one canvas are 134 MB
             slot = slots[index : index + 1]
             if flags.penalised:
-                rows = self._bias.penalise(rows, slot, self._ids[slot], self._kept[slot], self._model.softcap)
+                rows = self._bias.penalise(rows, slot, state.ids[slot], state.kept[slot], self._model.softcap)
             own = _rows_of(draw, index, self._canvas_length)
             reading = self._model.read(rows, replace(own, bias=self._bias.rows(slot)) if flags.biased else own)
             soft = self._model.embed_soft(reading.probabilities)
@@ -324,42 +300,44 @@ class Denoiser:
                 reading = sampler.hold(reading, pins[index])
                 soft = torch.where(pins[index, :, None] < 0, soft, self._model.embed(pins[index].clamp(min=0)))
             if self._soft is None:
-                self._soft = soft.new_zeros(*self._ids.shape, soft.shape[-1])
+                self._soft = soft.new_zeros(*state.ids.shape, soft.shape[-1])
             self._soft[slot] = soft
             found.append((reading.best, reading.entropy, reading.drawn))
         self._update(slots, *(torch.stack(parts) for parts in zip(*found, strict=True)))
 
     def _draw(self, slots: Tensor, *, shaped: bool) -> Draw:
         """How the rows [n * C] of the slots' canvases are to be read."""
-        passes = self._passes[slots]
+        state = self._state
+        passes = state.passes[slots]
 
         def rows(values: Tensor) -> Tensor:
             return values.repeat_interleave(self._canvas_length)
 
         return Draw(
-            temperature=rows(self._temperatures[slots, passes]),
-            request_temperature=rows(self._request_temperature[slots]),
-            top_k=rows(self._top_k[slots]),
-            top_p=rows(self._top_p[slots]),
-            min_p=rows(self._min_p[slots]),
-            uniforms=self._uniforms[slots, passes + 1].flatten(),
+            temperature=rows(state.temperatures[slots, passes]),
+            request_temperature=rows(state.request_temperature[slots]),
+            top_k=rows(state.top_k[slots]),
+            top_p=rows(state.top_p[slots]),
+            min_p=rows(state.min_p[slots]),
+            uniforms=state.uniforms[slots, passes + 1].flatten(),
             shaped=shaped,
         )
 
     def _update(self, slots: Tensor, best: Tensor, entropy: Tensor, drawn: Tensor) -> None:
         """The state of the slots int [n] after a pass that found best, entropy and drawn [n, C]."""
-        passes = self._passes[slots]
+        state = self._state
+        passes = state.passes[slots]
         verdict = sampler.judge(
-            best, entropy, self._best[slots], self._unchanged[slots], self._confidence[slots], self._stability[slots]
+            best, entropy, state.best[slots], state.unchanged[slots], state.confidence[slots], state.stability[slots]
         )
-        kept = sampler.accept(entropy, self._entropy_bound[slots])
-        self._kept[slots] = kept
-        self._ids[slots] = torch.where(kept, drawn, self._noise_ids[slots, passes + 1])
-        self._best[slots] = best
-        self._entropy[slots] = entropy
-        self._unchanged[slots] = verdict.unchanged
-        self._passes[slots] = passes + 1
-        self._finished[slots] = torch.stack((verdict.done, verdict.finite), dim=1).long()
+        kept = sampler.accept(entropy, state.entropy_bound[slots])
+        state.kept[slots] = kept
+        state.ids[slots] = torch.where(kept, drawn, state.noise_ids[slots, passes + 1])
+        state.best[slots] = best
+        state.entropy[slots] = entropy
+        state.unchanged[slots] = verdict.unchanged
+        state.passes[slots] = passes + 1
+        state.finished[slots] = torch.stack((verdict.done, verdict.finite), dim=1).long()
 
     def _advance(self, canvas: Canvas, *, done: bool, finite: bool) -> None:
         """The host's side of the same."""
@@ -383,24 +361,24 @@ class Denoiser:
             self._start(canvas)
 
     def _start(self, canvas: Canvas) -> None:
-        """Fill the slot with the noise of the canvas's attempt."""
-        slot = canvas.slot
-        noise = canvas_noise(
-            canvas.sampling.seed,
+        """Fill the slot with the noise of the canvas's attempt and what its request wants."""
+        slot, sampling, schedule = canvas.slot, canvas.sampling, canvas.schedule
+        start = CanvasStart(
+            seed=sampling.seed,
             canvas=canvas.index,
             attempt=canvas.attempt,
-            passes=canvas.schedule.max_denoising_steps,
-            canvas_length=self._canvas_length,
             vocab_size=self._vocab_size,
-            device=self._device,
+            temperatures=self._table(schedule.max_denoising_steps),
+            entropy_bound=schedule.entropy_bound,
+            confidence=schedule.confidence_threshold,
+            stability=schedule.stability_threshold,
+            request_temperature=sampling.temperature,
+            top_k=min(sampling.top_k, self._vocab_size),
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
         )
-        rows = slice(canvas.schedule.max_denoising_steps + 1)
-        self._noise_ids[slot, rows], self._uniforms[slot, rows] = noise.ids, noise.uniforms
-        self._ids[slot] = torch.where(self._pins[slot] < 0, noise.ids[0], self._pins[slot])
-        self._best[slot] = -1
+        self._model.start_canvas(self._state, slot, start)
         self._changed.add(slot)
-        self._passes[slot] = self._unchanged[slot] = 0
-        self._kept[slot] = False
         if self._soft is not None:
             self._soft[slot] = 0
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.config import GenerationDefaults
 from engine.engine import DiffusionEngine
 from engine.interface import EngineInfo
+from engine.kernels.reference_canvas import CanvasStart, CanvasState, start_canvas
 from engine.kernels.reference_output import Draw, Reading, read_logits
 from engine.kv_cache import KVCache
 from engine.pages import PagePool, pages_of_a_slot
@@ -99,6 +100,9 @@ class Model:
 
     def embed(self, ids: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(ids, self.vocab_size).float()
+
+    def start_canvas(self, state: CanvasState, slot: int, start: CanvasStart) -> None:
+        start_canvas(state, slot, start)
 
     def read(self, logits: Tensor, draw: Draw) -> Reading:
         return read_logits(logits, self.softcap, draw)

@@ -31,6 +31,7 @@ from engine.kernels import (
     experts,
     experts_hopper,
     linears,
+    noise,
     norms,
     output,
     rounding,
@@ -52,6 +53,7 @@ MODULES: tuple[Callable[[], list[KernelCase]], ...] = (
     attention_hopper_256.cases,
     attention_hopper_512.cases,
     norms.cases,
+    noise.cases,
     output.cases,
     soft_embedding.cases,
 )

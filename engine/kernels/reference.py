@@ -4,7 +4,7 @@ Pure functions, gathered in `REFERENCE`. Another op set has the same signatures 
 Knows tensors, pages and views only: no config, no layers, no slots.
 
 Invariant: norms, router probabilities and expert sums are computed in float32 whatever the dtype of the rows. What
-follows the head is in `reference_output`.
+follows the head is in `reference_output`, how a canvas begins in `reference_canvas`.
 
 Shapes: R rows, M hidden, H heads, K kv heads, D head dim, E experts, A active experts, I MLP width, F expert width.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from engine.kernels.readers import Entrance, Experts, Mlp
+from engine.kernels.reference_canvas import CanvasStart, CanvasState, start_canvas
 from engine.kernels.reference_output import Draw, Reading, read_logits, soft_embedding
 from engine.kernels.views import AttentionView, Segment
 from engine.kernels.weights import Weight, dense, expert, shape
@@ -341,6 +342,7 @@ class Ops:
     experts: Callable[[Operand, Tensor, Experts], Tensor]
     read_logits: Callable[[Tensor, float, Draw], Reading]
     soft_embedding: Callable[[Tensor, Tensor, float], Tensor]
+    start_canvas: Callable[[CanvasState, int, CanvasStart], None]
 
 
 REFERENCE = Ops(
@@ -358,4 +360,5 @@ REFERENCE = Ops(
     experts=experts,
     read_logits=read_logits,
     soft_embedding=soft_embedding,
+    start_canvas=start_canvas,
 )

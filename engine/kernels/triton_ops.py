@@ -18,6 +18,7 @@ from engine.kernels.choosing import Choices
 from engine.kernels.experts import expert_way_of, experts, experts_order
 from engine.kernels.fragments import arrange_experts
 from engine.kernels.linears import gated_mlp, linear, order_of, way_of
+from engine.kernels.noise import start_canvas
 from engine.kernels.norms import join_attention, join_layer, qkv_norm_rope_write, rms_norm
 from engine.kernels.operands import PLAIN, Order
 from engine.kernels.output import read_logits, soft_embedding
@@ -119,6 +120,7 @@ def by_choice(choices: Choices) -> Ops:
         experts=partial(experts, ways=choices.experts),
         read_logits=read_logits,
         soft_embedding=embed,
+        start_canvas=start_canvas,
     )
 
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from engine.config import LayerConfig, ModelConfig
 from engine.kernels.readers import Entrance, Mlp
 from engine.kernels.reference import Ops
+from engine.kernels.reference_canvas import CanvasStart, CanvasState
 from engine.kernels.reference_output import Draw, Reading
 from engine.kernels.weights import Weight, plain
 from engine.kv_cache import KVCache, KVPool
@@ -117,6 +118,10 @@ class DiffusionGemma:
     def embed_soft(self, probabilities: Tensor) -> Tensor:
         """Self-conditioning's input: the expected embedding [R, M] under probabilities [R, V]."""
         return self._ops.soft_embedding(probabilities, self._embedding, self._embedding_scale)
+
+    def start_canvas(self, state: CanvasState, slot: int, start: CanvasStart) -> None:
+        """Fill a slot's state for an attempt at a canvas."""
+        self._ops.start_canvas(state, slot, start)
 
     def run(
         self,

@@ -47,9 +47,9 @@ def test_no_draw_and_no_argmax_has_a_banned_id(seed: int, temperature: float, ba
     canvas = subject.open(0, sampling, 0)
     for _ in range(3):
         subject.step([canvas], [None])  # type: ignore[list-item]
-        kept = subject._kept[0]
-        assert not banned & set(subject._best[0].tolist())
-        assert not banned & set(subject._ids[0][kept].tolist())
+        kept = subject._state.kept[0]
+        assert not banned & set(subject._state.best[0].tolist())
+        assert not banned & set(subject._state.ids[0][kept].tolist())
 
 
 def test_a_bias_moves_the_argmax_only_where_it_is_large_enough() -> None:
@@ -131,7 +131,7 @@ def test_a_request_brings_its_own_schedule() -> None:
     assert run(subject, canvas).state == "unconverged"
     assert canvas.steps == 6, "two attempts of three passes"
     own = [sampler.temperature_at(step, replace(subject._schedule, max_denoising_steps=3)) for step in (1, 2, 3)]
-    assert subject._temperatures[0, :3].tolist() == own
+    assert subject._state.temperatures[0, :3].tolist() == own
     assert run(subject, subject.open(0, Sampling(seed=1), 0)).steps == 12, "the next request has the checkpoint's"
 
 
@@ -152,8 +152,8 @@ def test_its_own_bounds_on_slots_side_by_side() -> None:
     generous = Schedule(confidence_threshold=3.0, entropy_bound=100.0)
     canvases = [subject.open(0, Sampling(seed=1), 0, schedule=generous), subject.open(1, Sampling(seed=1), 0)]
     subject.step(canvases, [None, None])  # type: ignore[list-item]
-    assert subject._kept[0].all()
-    assert subject._kept[1].sum() == 1
+    assert subject._state.kept[0].all()
+    assert subject._state.kept[1].sum() == 1
     subject.step(canvases, [None, None])  # type: ignore[list-item]
     assert [canvas.state for canvas in canvases] == ["done", "open"]
 

@@ -13,6 +13,7 @@ from engine.canvas import Canvas
 from engine.config import GenerationDefaults
 from engine.denoise import Denoiser
 from engine.interface import Sampling
+from engine.kernels.reference_canvas import CanvasStart, CanvasState, start_canvas
 from engine.kernels.reference_output import Draw, Reading, read_logits
 from engine.rng import canvas_noise
 
@@ -79,6 +80,9 @@ class ScriptedModel:
     def embed(self, ids: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(ids, V).float()
 
+    def start_canvas(self, state: CanvasState, slot: int, start: CanvasStart) -> None:
+        start_canvas(state, slot, start)
+
     def read(self, logits: Tensor, draw: Draw) -> Reading:
         return read_logits(logits, SOFTCAP, draw)
 
@@ -140,7 +144,7 @@ def test_the_result_is_the_argmax_not_the_sample() -> None:
     canvas = run(subject, subject.open(0, Sampling(seed=1), 0))
     assert canvas.state == "done"
     assert canvas.result == tuple(target)
-    assert subject._ids[0].tolist() != target, "the sample must differ, or this shows nothing"
+    assert subject._state.ids[0].tolist() != target, "the sample must differ, or this shows nothing"
 
 
 @pytest.mark.parametrize(("stability", "passes"), [(0, 1), (1, 2), (3, 4)])

@@ -26,6 +26,7 @@ from engine.interface import (
     Sampling,
     Usage,
 )
+from engine.kernels.reference_canvas import CanvasStart, CanvasState, start_canvas
 from engine.kernels.reference_output import Draw, Reading, read_logits
 from engine.kv_cache import KVCache
 from tests.fakes import engine_info
@@ -70,6 +71,9 @@ class ScriptedModel:
 
     def embed(self, ids: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(ids, V).float()
+
+    def start_canvas(self, state: CanvasState, slot: int, start: CanvasStart) -> None:
+        start_canvas(state, slot, start)
 
     def read(self, logits: Tensor, draw: Draw) -> Reading:
         return read_logits(logits, 1000.0, draw)

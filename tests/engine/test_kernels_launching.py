@@ -20,7 +20,7 @@ from tests.engine.kernel_inputs import randn
 CPU = torch.device("cpu")
 KERNELS = Path(__file__).resolve().parents[2] / "engine" / "kernels"
 
-COMPILED = """
+DRIVER = """
 import threading
 import torch, triton
 from triton import language as tl
@@ -30,14 +30,13 @@ from engine.kernels import launching
 from engine.kernels.launching import compiling, launch
 
 launched, made = [], []
-together = threading.Barrier(2, timeout=60)
+on_made = lambda: None
 
 
 class Launcher:
     def __init__(self, source, metadata):
         made.append(threading.current_thread() is threading.main_thread())
-        if len(made) <= 2:
-            together.wait()  # nobody passes alone
+        on_made()
 
     def __call__(self, *args):
         launched.append(args)
@@ -60,6 +59,18 @@ class Driver:
     get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
 
 
+driver.set_active(Driver())
+"""
+
+COMPILED = """
+together = threading.Barrier(2, timeout=60)
+
+
+def on_made():
+    if len(made) <= 2:
+        together.wait()  # nobody passes alone
+
+
 @triton.jit
 def first_kernel(x, N: tl.constexpr):
     tl.store(x + tl.arange(0, N), 1.0)
@@ -75,7 +86,6 @@ def failing_kernel(x, N: tl.constexpr):
     tl.static_assert(N == 1, "this cannot be compiled")
 
 
-driver.set_active(Driver())
 launching._processors = lambda: 2
 x = torch.zeros(64)
 with compiling():
@@ -99,6 +109,19 @@ for _ in range(2):
 """
 
 
+def run_without_chip(code: str, tmp_path: Path) -> None:
+    """Run `code` after DRIVER, in a process that compiles Triton's kernels whatever this one does."""
+    script = tmp_path / "compiled.py"  # Triton reads the source of its kernels
+    script.write_text(DRIVER + code, encoding="utf-8")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHONPATH": f"{KERNELS.parents[1]}:{environment.get('PYTHONPATH', '')}",
+    }
+    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_nothing_is_launched_where_kernels_are_only_compiled() -> None:
     x, weight = randn(4, 64, device=CPU), torch.ones(64)
     expected = rms_norm(x, weight, 1e-6)
@@ -111,15 +134,7 @@ def test_nothing_is_launched_where_kernels_are_only_compiled() -> None:
 
 
 def test_threads_compile_and_what_fails_there_fails_again_at_its_launch(tmp_path: Path) -> None:
-    script = tmp_path / "compiled.py"  # Triton reads the source of its kernels
-    script.write_text(COMPILED, encoding="utf-8")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {
-        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
-        "PYTHONPATH": f"{KERNELS.parents[1]}:{environment.get('PYTHONPATH', '')}",
-    }
-    done = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run_without_chip(COMPILED, tmp_path)
 
 
 def test_every_kernel_is_launched_so_that_it_can_be_compiled_ahead() -> None:

@@ -34,12 +34,20 @@ def test_slots_are_empty_afterwards_and_every_kind_came_twice_after_it_was_compi
         seen.setdefault(kind, []).append(only_compiling())
         return plan(commits, canvases)
 
-    model.plan = watched  # type: ignore[method-assign]
+    opened: list[bool] = []  # likewise of each canvas
+    start_canvas = model.start_canvas
+
+    def watched_start(*given):  # type: ignore[no-untyped-def]
+        opened.append(only_compiling())
+        start_canvas(*given)
+
+    model.plan, model.start_canvas = watched, watched_start  # type: ignore[method-assign]
     caches = fresh_slots(model, 2)
     warm_up(denoiser, caches, canvas_length=length, chunk=32)
     assert {kind for kind, times in seen.items() if kind[0]} == {(length, 0), (length, 1), (32, 0), (32, 1)}
     assert all(passes == [True, False, False] for kind, passes in seen.items() if kind[0])
     assert {kind for kind in seen if not kind[0]} == {(0, 1), (0, 2)}
+    assert opened[0] and not opened[-1]
     assert [cache.length for cache in caches] == [0, 0]
     assert not only_compiling()
 
