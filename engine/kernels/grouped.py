@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import SHARED_LIMIT, chip_of
 from engine.kernels.launching import launch
-from engine.kernels.tiles import accumulate, column_of, gelu_tanh, rounded, row_factor, row_of, x_tile
+from engine.kernels.tiles import accumulate, gelu_tanh, in_order, rounded, row_factor, row_of, x_tile
 from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, Weight, shape
 
 FORMATS = ("plain", "fp8", "e4m3", "nvfp4", "int4")  # of weights; e4m3 is fp8 whose rows of x are 8 bit too
@@ -192,15 +192,16 @@ def gated_kernel(
         tile = x_tile(x, choice // A, k, K, BK, EVEN_K)
         gate = accumulate(gate, tile, weight, scale, gate_rows, k, K, FORMAT, BK, EVEN_K)
         up = accumulate(up, tile, weight, scale, up_rows, k, K, FORMAT, BK, EVEN_K)
-    n = tl.program_id(1) * BN + row_of(tl.arange(0, BN), FORMAT)
-    gate_rows = matrix * 2 * width + tl.minimum(n, width - 1)
+    gate_rows = tl.program_id(1) * BN + row_of(tl.arange(0, BN), FORMAT)
+    gate_rows = matrix * 2 * width + tl.minimum(gate_rows, width - 1)
     gate *= row_factor(row_scale, gate_rows, FORMAT)
     up *= row_factor(row_scale, gate_rows + width, FORMAT)
     if FORMAT == "e4m3":
         factor = tl.load(x_scale + choice // A)[None, :]
         gate, up = gate * factor, up * factor
-    out = hidden + position[None, :] * width + column_of(n, FOLLOWING, FOLLOWING_BK)[:, None]
-    tl.store(out, rounded(gelu_tanh(gate) * up, hidden.dtype.element_ty), mask=live[None, :] & (n < width)[:, None])
+    made = rounded(gelu_tanh(gate) * up, hidden.dtype.element_ty)
+    out = hidden + position[None, :] * width + n[:, None]
+    tl.store(out, in_order(made, FORMAT, FOLLOWING, FOLLOWING_BK), mask=live[None, :] & (n < width)[:, None])
 
 
 @triton.jit

@@ -175,6 +175,23 @@ def row_of(i, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def in_order(made, FORMAT: tl.constexpr, FOLLOWING: tl.constexpr, BLOCK: tl.constexpr):
+    """[N, M] whose rows are as `row_of` says -> as `column_of` puts them for what follows. Stored with the numbers of
+    its columns instead, a thread would store one number at a time: Triton sees no neighbours in permuted numbers."""
+    n: tl.constexpr = made.shape[0]
+    m: tl.constexpr = made.shape[1]
+    if FORMAT != "plain" and FORMAT != "e4m3":
+        made = tl.reshape(tl.permute(tl.reshape(made, (n // 64, 4, 2, 8, m)), (0, 2, 1, 3, 4)), (n, m))
+    if FOLLOWING == "fp8":
+        split = tl.reshape(made, (n // BLOCK, 4, BLOCK // 16, 2, 2, m))
+        made = tl.reshape(tl.permute(split, (0, 2, 4, 1, 3, 5)), (n, m))
+    elif FOLLOWING != "plain":
+        split = tl.reshape(made, (n // BLOCK, 4, BLOCK // 32, 2, 2, 2, m))
+        made = tl.reshape(tl.permute(split, (0, 2, 4, 5, 1, 3, 6)), (n, m))
+    return made
+
+
+@triton.jit
 def _arranged4(a, b, c, d):
     """Two pairs (a, b), (c, d) of each word [N, W] -> [N, 4 W]: rows as `row_of` says, columns `ordered`."""
     n: tl.constexpr = a.shape[0]
