@@ -1,18 +1,17 @@
 """Attention of a pass's rows over keys and values in pages, for both kinds of layer and both kinds of rows.
 
 Online softmax over tiles of positions, so memory does not grow with the prefix. Heads that share a key head are rows
-of one tile: a program reads keys and values once for all of them. The positions of a block of rows are divided into a
-fixed number of splits, because a canvas alone has too few blocks for a large chip; a second kernel joins the splits'
-results.
+of one tile: a program reads keys and values once for all of them. The positions of a block of rows are divided into
+SPLITS, because a canvas alone has too few blocks for a large chip; a second kernel joins the splits' results.
 
-Knows views, no model. Invariant: among passes of one class of rows (`rows_class`), what a row gets depends on its own
-low, high and pages only: splits are divided by the block's own positions, never by what else is in the pass.
+Knows views, no model. Invariant: what a row gets depends on its own low, high and pages only: positions are divided by
+the block's own, never by what else is in the pass. (One split would do for a prompt's many rows, but would sum in
+another order: a reply's bits would then depend on its company.)
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import product
 
 import torch
 import triton
@@ -21,13 +20,13 @@ from torch import Tensor
 
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import SHARED_LIMIT, chip_of
-from engine.kernels.grouped import CLASSES, rows_class
 from engine.kernels.launching import launch
 from engine.kernels.tiles import dot, rounded
 from engine.kernels.views import AttentionView
 from engine.pages import PAGE
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+SPLITS = 2
 ROW_ALIGN = 64  # a segment begins at a multiple of this, so no block of rows holds rows of two
 
 
@@ -37,21 +36,20 @@ class Tiling:
 
     BM: int
     BN: int
-    splits: int
     warps: int
     stages: int
 
 
 @triton.jit
 def attention_kernel(
-    queries, keys, values, low, high, segment, table, out, parts, sums, rows, width, heads,
+    queries, keys, values, low, high, segment, table, parts, sums, rows, width, heads,
     kv_heads: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """One program a block of BM // GROUP rows, a key head, and a split.
 
-    SPLITS == 1: out [R, H, D]. Otherwise parts float32 [SPLITS, R, H, D], already divided by the split's own sum, and
-    sums float32 [SPLITS, R, H], the logarithm (base 2) of that sum; -inf where the split has nothing for the row.
+    parts float32 [SPLITS, R, H, D], already divided by the split's own sum, and sums float32 [SPLITS, R, H], the
+    logarithm (base 2) of that sum; -inf where the split has nothing for the row.
     """
     block = tl.program_id(0)
     head = tl.program_id(1)
@@ -95,12 +93,9 @@ def attention_kernel(
         best = higher
     divisor = tl.where(total == 0.0, 1.0, total)
     result = acc / divisor[:, None]
-    if SPLITS == 1:
-        tl.store(out + place[:, None] * D + columns[None, :], rounded(result, out.dtype.element_ty), mask=live[:, None])
-    else:
-        place += split * rows.to(tl.int64) * heads
-        tl.store(parts + place[:, None] * D + columns[None, :], result, mask=live[:, None])
-        tl.store(sums + place, tl.where(total == 0.0, float("-inf"), best + tl.log2(divisor)), mask=live)
+    place += split * rows.to(tl.int64) * heads
+    tl.store(parts + place[:, None] * D + columns[None, :], result, mask=live[:, None])
+    tl.store(sums + place, tl.where(total == 0.0, float("-inf"), best + tl.log2(divisor)), mask=live)
 
 
 @triton.jit
@@ -124,22 +119,22 @@ def join_kernel(parts, sums, out, count, D: tl.constexpr, SPLITS: tl.constexpr, 
     tl.store(out + place[:, None] * D + columns[None, :], rounded(acc, out.dtype.element_ty), mask=live[:, None])
 
 
-def tiling(head_dim: int, group: int, itemsize: int, chip: int, rows: int) -> Tiling:
-    """Tile sizes for a head size, `group` query heads a key head, a chip such as 90 and so many rows.
+def tiling(head_dim: int, group: int, itemsize: int, chip: int) -> Tiling:
+    """Tile sizes for a head size, `group` query heads a key head, and a chip such as 90.
 
     The queries' tile and those of keys and values must fit the chip's shared memory, and the float32 sums [BM, columns]
-    the registers: 64 rows of 512 take all that eight warps have. A prompt's many rows are blocks enough without splits.
+    the registers: 64 rows of 512 take all that eight warps have.
     """
-    width, splits = head_dim * itemsize, 1 if rows_class(rows) > 512 else 2
+    width = head_dim * itemsize
     roomy = SHARED_LIMIT[chip] > 160_000
     if width <= 256:
-        found = Tiling(BM=64, BN=64, splits=splits, warps=4, stages=2)
+        found = Tiling(BM=64, BN=64, warps=4, stages=2)
     elif width <= 512:  # 256 columns of bfloat16
-        found = Tiling(BM=64, BN=64 if roomy else 32, splits=splits, warps=4, stages=2)
+        found = Tiling(BM=64, BN=64 if roomy else 32, warps=4, stages=2)
     elif roomy:
-        found = Tiling(BM=64, BN=32, splits=splits, warps=8, stages=2)
+        found = Tiling(BM=64, BN=32, warps=8, stages=2)
     else:
-        found = Tiling(BM=32, BN=16, splits=splits, warps=4, stages=2)
+        found = Tiling(BM=32, BN=16, warps=4, stages=2)
     return replace(found, BM=max(found.BM, 16, group), BN=min(found.BN, PAGE))
 
 
@@ -149,16 +144,16 @@ def attention(queries: Tensor, keys: Tensor, values: Tensor, view: AttentionView
     kv_heads = keys.shape[2]
     group = heads // kv_heads
     require_aligned(view)
-    tile = tiling(head_dim, group, queries.element_size(), chip_of(queries.device), rows)
+    tile = tiling(head_dim, group, queries.element_size(), chip_of(queries.device))
     out = torch.empty_like(queries)
-    parts, sums = parts_of(out, tile.splits)
-    launch(attention_kernel, (triton.cdiv(rows, tile.BM // group), kv_heads, tile.splits))(
-        queries, keys, values, view.low, view.high, view.segment, view.table, out, parts, sums,
-        rows, view.table.shape[1], heads,
-        kv_heads=kv_heads, GROUP=group, D=head_dim, PAGE=PAGE, BM=tile.BM, BN=tile.BN, SPLITS=tile.splits,
+    parts, sums = parts_of(out, SPLITS)
+    launch(attention_kernel, (triton.cdiv(rows, tile.BM // group), kv_heads, SPLITS))(
+        queries, keys, values, view.low, view.high, view.segment, view.table, parts, sums, rows,
+        view.table.shape[1], heads,
+        kv_heads=kv_heads, GROUP=group, D=head_dim, PAGE=PAGE, BM=tile.BM, BN=tile.BN, SPLITS=SPLITS,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    join(parts, sums, out, tile.splits)
+    join(parts, sums, out, SPLITS)
     return out.flatten(1)
 
 
@@ -195,9 +190,9 @@ def cases() -> list[KernelCase]:
     found: dict[str, KernelCase] = {}
     for head_dim, kv_heads in ((256, 8), (512, 2)):
         group = 16 // kv_heads
-        for chip, rows in product(SHARED_LIMIT, CLASSES):
-            tile = tiling(head_dim, group, 2, chip, rows)
-            name = f"attention[{head_dim},{tile.BM}x{tile.BN}x{tile.splits}]"
+        for chip in SHARED_LIMIT:
+            tile = tiling(head_dim, group, 2, chip)
+            name = f"attention[{head_dim},{tile.BM}x{tile.BN}]"
             same = found.get(name)
             chips = tuple(dict.fromkeys((*(same.chips if same else ()), chip)))
             found[name] = KernelCase(
@@ -205,11 +200,11 @@ def cases() -> list[KernelCase]:
                 kernel=attention_kernel,
                 signature=dict.fromkeys(("queries", "keys", "values"), "*bf16:16")
                 | dict.fromkeys(("low", "high", "segment", "table"), "*i32:16")
-                | {"out": "*bf16:16", "parts": "*fp32:16", "sums": "*fp32:16"}
+                | {"parts": "*fp32:16", "sums": "*fp32:16"}
                 | {"rows": "i32:16", "width": "i32", "heads": "i32:16"},
                 constants={
                     "kv_heads": kv_heads, "GROUP": group, "D": head_dim, "PAGE": PAGE,
-                    "BM": tile.BM, "BN": tile.BN, "SPLITS": tile.splits,
+                    "BM": tile.BM, "BN": tile.BN, "SPLITS": SPLITS,
                 },
                 num_warps=tile.warps,
                 num_stages=tile.stages,
@@ -219,7 +214,7 @@ def cases() -> list[KernelCase]:
             name=f"attention_join[{head_dim}]",
             kernel=join_kernel,
             signature={"parts": "*fp32:16", "sums": "*fp32:16", "out": "*bf16:16", "count": "i32:16"},
-            constants={"D": head_dim, "SPLITS": 2, "BM": max(1, JOIN_ELEMENTS // head_dim)},
+            constants={"D": head_dim, "SPLITS": SPLITS, "BM": max(1, JOIN_ELEMENTS // head_dim)},
             num_warps=4,
             num_stages=3,
         )

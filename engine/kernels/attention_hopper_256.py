@@ -181,7 +181,7 @@ def attention_256_kernel(
     queries, keys, values, low, high, segment, table, out, rows, width, heads,
     GROUP: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, WIDE: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `attention.attention_kernel` of one split; 4 warps, and as many again that work beside them.
+    """out [R, H, D], else as `attention.attention_kernel`; 4 warps, and as many again that work beside them.
 
     keys, values: descriptors of [pages * BN, kv_heads * D], in boxes of D columns of a page.
     """

@@ -23,7 +23,7 @@ Every wait is for a barrier in shared memory that each turn completes once. Whoe
 that could complete it twice: a tile's odds come after its parts, those after what both warp groups told of the tile two
 before.
 
-Knows views, no model. Invariant: that of `attention`.
+Knows views, no model. Invariant: that of `attention`, among passes of one class of rows (`rows_class`).
 """
 
 from __future__ import annotations
@@ -316,7 +316,7 @@ def _consume(given, OWN: gl.constexpr, GROUP: gl.constexpr, BM: gl.constexpr, SP
 @gluon.jit
 def _hand_over(best, total, acc, out, parts, sums, first, split, rows, heads, head,
                GROUP: gl.constexpr, SPLITS: gl.constexpr, OWN: gl.constexpr):  # fmt: skip
-    """Store what the rows' odds come to in half of the columns, as `attention.attention_kernel` does."""
+    """Store what the rows' odds come to in half of the columns: to out, or as `attention.attention_kernel` does."""
     BM: gl.constexpr = acc.shape[0]
     HALF: gl.constexpr = acc.shape[1]
     divisor = gl.where(total == 0.0, 1.0, total)
@@ -339,7 +339,7 @@ def attention_512_kernel(
     GROUP: gl.constexpr, D: gl.constexpr, BM: gl.constexpr, SPLITS: gl.constexpr, WIDE: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As `attention.attention_kernel`, of folded queries; 4 warps, and 8 that work beside them.
+    """As `attention.attention_kernel`, of folded queries; 4 warps, and 8 that work beside them. SPLITS == 1: to out.
 
     keys, values: descriptors of [pages * BN, kv_heads * D], in boxes of TURNED and of QUARTER columns of a page.
     """

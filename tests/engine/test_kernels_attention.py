@@ -9,7 +9,6 @@ from torch import Tensor
 from engine.kernels import reference
 from engine.kernels.attention import ROW_ALIGN, attention, tiling
 from engine.kernels.chips import SHARED_LIMIT
-from engine.kernels.grouped import CLASSES
 from engine.kernels.views import NOWHERE, AttentionView, Segment
 from engine.pages import PAGE
 from tests.engine.kernel_inputs import assert_near, randn
@@ -173,9 +172,8 @@ def test_segments_must_be_aligned(device: torch.device) -> None:
 
 @pytest.mark.parametrize("chip", SHARED_LIMIT)
 @pytest.mark.parametrize(("dim", "group"), [(16, 1), (64, 2), (128, 4), (256, 2), (512, 8)])
-@pytest.mark.parametrize("rows", CLASSES)
-def test_blocks_divide_what_they_must(chip: int, dim: int, group: int, rows: int) -> None:
-    tile = tiling(dim, group, 2, chip, rows)
+def test_blocks_divide_what_they_must(chip: int, dim: int, group: int) -> None:
+    tile = tiling(dim, group, 2, chip)
     assert tile.BM % group == 0
     assert ROW_ALIGN % (tile.BM // group) == 0
     assert PAGE % tile.BN == 0
