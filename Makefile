@@ -101,7 +101,8 @@ bench-cluster: .venv-cluster/.installed
 	@PYTHONPATH=. $(ALONE) .venv-cluster/bin/python tests/bench/cluster.py $(ARGS)
 
 fuzz: $(STAMP)-test
-	FUZZ_CASES=$(CASES) $(BIN)/python -m pytest --timeout 0 tests/server/test_fuzz.py tests/server/test_own_openapi.py $(ARGS)
+	FUZZ_CASES=$(CASES) $(BIN)/python -m pytest --timeout 0 $(addprefix tests/server/test_,fuzz.py own_openapi.py tool_calls.py \
+	  output_parser.py) $(ARGS)
 
 check: $(STAMP)-dev
 	$(BIN)/ruff check .

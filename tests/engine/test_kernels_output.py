@@ -280,10 +280,10 @@ def test_a_row_does_not_depend_on_its_neighbours(monkeypatch: pytest.MonkeyPatch
     """To the bit: alone, in another order, and with neighbours that are drawn in other ways."""
     monkeypatch.setattr(output_filters, "GROUPS", 4)
     everything, every_draw = filtered(3, device)
-    some = torch.tensor([0, 2, 6, 12, 15, 18], device=device)
+    some = torch.tensor([0, 6, 12, 18], device=device)
     logits, draw = everything[some], rows_of(every_draw, some)
     together = read_logits(logits, CAP, draw)
-    for order in ([4, 2, 5, 0, 3, 1], [3]):
+    for order in ([2, 3, 0, 1], [1]):
         chosen = torch.tensor(order, device=device)
         alone = read_logits(logits[chosen], CAP, rows_of(draw, chosen))
         for mine, theirs in zip(vars(alone).values(), vars(together).values(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from typing import Any
 
@@ -16,7 +17,9 @@ from server.prompt import OpensIn
 from tests.fakes import CONTROL
 
 MARKERS = re.compile("|".join(re.escape(name) for name in sorted(CONTROL, key=len, reverse=True)))
-relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Of each property; `make fuzz CASES=...` tries more.
+EXAMPLES = int(os.environ.get("FUZZ_CASES", "0")) // 100 or 60
+relaxed = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def pieces(text: str) -> list[str | Marker]:

@@ -374,7 +374,7 @@ def _nested(depth: int) -> dict[str, Any]:
         _nested(400),
         _nested(20_000),
         {"type": "object", "properties": {f"p{index}": {"type": "string"} for index in range(900)}},
-        {"type": "object", "properties": {f"p{index}": {} for index in range(5_000)}},
+        {"type": "object", "properties": {f"p{index}": {} for index in range(1_200)}},
         {"enum": [f"v{index}" for index in range(20_000)]},
         {"type": "string", "pattern": "^((a|b|ab){1,900}(c|d){1,900}){1,900}$"},
         {"type": "string", "pattern": "^(([a-z])+.)+[A-Z]([a-z])+$"},

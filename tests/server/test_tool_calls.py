@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
@@ -216,6 +217,11 @@ def test_what_is_no_call_is_refused_and_never_guessed(text: str) -> None:
     assert read(text) is None
 
 
+# Of each property; `make fuzz CASES=...` tries more.
+EXAMPLES = int(os.environ.get("FUZZ_CASES", "0")) // 100 or 40
+relaxed = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
 def nested(text: st.SearchStrategy[str]) -> st.SearchStrategy[Any]:
     scalars = (
         st.none() | st.booleans() | st.integers(-(10**20), 10**20) | st.floats(allow_nan=False, allow_infinity=False)
@@ -230,7 +236,7 @@ values = nested(st.text(max_size=8).filter(lambda text: QUOTE not in text))
 plain_values = nested(st.text("ab1 .:-=é漢", max_size=8))  # plain quotes are ambiguous around delimiters
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@relaxed
 @given(st.dictionaries(st.from_regex(r"[a-zA-Z_][a-zA-Z0-9_]{0,8}", fullmatch=True), values, max_size=4))
 def test_whatever_the_template_writes_is_read_back(arguments: dict[str, Any]) -> None:
     call = read("call:get_weather" + written(arguments))
@@ -239,7 +245,7 @@ def test_whatever_the_template_writes_is_read_back(arguments: dict[str, Any]) ->
     assert json.loads(call.arguments) == arguments
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@relaxed
 @given(st.text("call:f{}[]()'\",=01ae \\\n" + QUOTE_SIGN, max_size=40))
 def test_any_text_is_a_call_or_not_but_never_an_error(text: str) -> None:
     for call in read_all("call:f{" + text):
@@ -247,7 +253,7 @@ def test_any_text_is_a_call_or_not_but_never_an_error(text: str) -> None:
         call.arguments.encode("utf-8")  # the quote sign never gets out
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@relaxed
 @given(st.dictionaries(st.from_regex(r"[a-z_]{1,6}", fullmatch=True), plain_values, max_size=4))
 def test_python_calls_are_read_back(given_arguments: dict[str, Any]) -> None:
     text = ", ".join(f"{key}={value!r}" for key, value in given_arguments.items())
