@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import SHARED_LIMIT, chip_of
 from engine.kernels.launching import launch
-from engine.kernels.tiles import accumulate, gelu_tanh, in_order, rounded, row_factor, row_of, x_tile
+from engine.kernels.tiles import accumulate, gelu_tanh, in_order, ordered, rounded, row_factor, row_of, x_tile
 from engine.kernels.weights import Fp8Weight, Int4Weight, Nvfp4Weight, Weight, shape
 
 FORMATS = ("plain", "fp8", "e4m3", "nvfp4", "int4")  # of weights; e4m3 is fp8 whose rows of x are 8 bit too
@@ -270,11 +270,20 @@ def _pointers(x: Given) -> tuple[Tensor, Tensor]:
     return (x, x) if isinstance(x, Tensor) else (x.values, x.scale)
 
 
+def order_form(form: str) -> str:
+    """In whose order columns of x come for weights of a form. All of 4 bit lie alike: the same kernels serve them."""
+    return "plain" if form == "e4m3" else "nvfp4" if form in FOUR_BIT else form
+
+
 def launch_gated(
     x: Given, weight: Stored, rows: Rows, hidden: Tensor, bm: int, *, active: int, following: str, block: int
 ) -> None:
     """x [R, K] `ordered` for the weight, hidden [positions, width], ordered in blocks for one of format `following`;
     `active` choices are made by a row."""
+    if following not in ("plain", order_form(weight.form)):  # too rare a mixture for kernels of its own
+        launch_gated(x, weight, rows, hidden, bm, active=active, following="plain", block=block)
+        hidden.copy_(ordered(hidden, following, block))
+        return
     tile = tiling(weight.form, bm, weight.width, gated=True, chip=chip_of(weight.values.device))
     width = weight.out // 2
     launch(gated_kernel, (rows.tiles, triton.cdiv(width, tile.BN)))(

@@ -262,9 +262,8 @@ def cases() -> list[KernelCase]:
     does; all others are the same kernels."""
     found = []
     for form in FORMATS[1:]:
-        # what follows may be decoded, or not: only fp8 may be either
-        orders = [order_for("fp8", BLOCK), PLAIN] if form in ("fp8", "e4m3") else [order_for(form, BLOCK)]
-        found += matmul_cases(form, 2816, ROW_TILES, gated=True, routed=False, followings=orders)
+        orders = dict.fromkeys((order_for(form, BLOCK).of_columns, PLAIN))  # what follows may be of another format
+        found += matmul_cases(form, 2816, ROW_TILES, gated=True, routed=False, followings=list(orders))
         for width in (2816, 2112):
             found += matmul_cases(form, width, ROW_TILES, gated=False, routed=False)
             found += matmul_cases(form, width, ROW_TILES[:1], gated=False, routed=False, split=True)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from engine.kernels.grouped import BLOCK, FOUR_BIT, EightBit, Given
+from engine.kernels.grouped import BLOCK, EightBit, Given, order_form
 from engine.kernels.readers import Reader
 from engine.kernels.rounding import round_rows
 from engine.kernels.tiles import ordered
@@ -43,7 +43,7 @@ def order_for(form: str, block: int) -> Order:
         return PLAIN
     if form == "e4m3":
         return EIGHT_BIT
-    return Order("nvfp4" if form in FOUR_BIT else form, block)  # all of 4 bit lie alike: the same kernels serve them
+    return Order(order_form(form), block)
 
 
 @dataclass(frozen=True)

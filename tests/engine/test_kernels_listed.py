@@ -119,7 +119,9 @@ def launches(chip: int, monkeypatch: pytest.MonkeyPatch) -> list[Seen]:
         choices = choose(named, active=ACTIVE, canvas=256, scale=1.0, eight_bit=eight_bit, time=timer)
         assert not any("refused" in line for line in choices.told)
         joins(found, choices)
+        products(found, choices)
     joins(found, Choices())  # what goes by tiles since all else was refused
+    products(found, Choices())
     return seen
 
 
@@ -139,6 +141,17 @@ def joins(found: Sequence[dict[str, Weight]], choices: Choices) -> None:
         modes = empty(rows, dtype=torch.int32)
         following = Entrance(norm, one["qkv"])
         ops.join_layer(x, x, empty(rows, ACTIVE, WIDTH), shares, norm, norm, norm, norm, modes, following, 1e-6)
+
+
+def products(found: Sequence[dict[str, Weight]], choices: Choices) -> None:
+    """Both MLPs, the second matrix being any other's; fragments are laid out for both matrices or for none."""
+    ops = by_choice(choices)
+    for (one, other), rows in product(product(found, repeat=2), CLASSES):
+        x, chosen = empty(rows, WIDTH), empty(rows, ACTIVE, dtype=torch.int64)
+        ops.gated_mlp(x, Mlp(one["gate_up"], other["down"]))
+        mixture = one["expert_gate_up"], other["expert_down"]
+        if isinstance(mixture[0], FragmentWeight) == isinstance(mixture[1], FragmentWeight):
+            ops.experts(x, chosen, Experts(*mixture, ACTIVE))
 
 
 def lists(case: KernelCase, chip: int, seen: Seen) -> bool:
