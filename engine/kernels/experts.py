@@ -35,7 +35,7 @@ from engine.kernels.grouped import (
     stored,
     tiling,
 )
-from engine.kernels.operands import EIGHT_BIT, FRAGMENTS, PLAIN, Operand, Order, order_for, taken, values_of
+from engine.kernels.operands import EIGHT_BIT, FRAGMENTS, Operand, Order, order_for, taken, values_of
 from engine.kernels.readers import Experts
 from engine.kernels.rounding import round_rows
 from engine.kernels.routing import Schedule, schedule
@@ -166,7 +166,7 @@ def cases() -> list[KernelCase]:
     """At the model's shapes: gate and up [1408, 2816], down [2816, 704]."""
     found = []
     for form in FORMATS:
-        orders = dict.fromkeys((order_for(form, BLOCK).of_columns, PLAIN))  # what follows may be of another format
-        found += matmul_cases(form, 2816, ROW_TILES, gated=True, routed=True, followings=list(orders))
+        orders = [order_for(form, BLOCK).of_columns]
+        found += matmul_cases(form, 2816, ROW_TILES, gated=True, routed=True, followings=orders)
         found += matmul_cases(form, 704, ROW_TILES, gated=False, routed=True)
     return found

@@ -280,9 +280,12 @@ def launch_gated(
 ) -> None:
     """x [R, K] `ordered` for the weight, hidden [positions, width], ordered in blocks for one of format `following`;
     `active` choices are made by a row."""
-    if following not in ("plain", order_form(weight.form)):  # too rare a mixture for kernels of its own
-        launch_gated(x, weight, rows, hidden, bm, active=active, following="plain", block=block)
-        hidden.copy_(ordered(hidden, following, block))
+    own = order_form(weight.form)
+    if following != own:  # too rare a mixture of formats for kernels of its own
+        launch_gated(x, weight, rows, hidden, bm, active=active, following=own, block=block)
+        columns = torch.arange(hidden.shape[1], device=hidden.device)[None, :]
+        mine, wanted = ordered(columns, own, block)[0], ordered(columns, following, block)[0]
+        hidden.copy_(hidden[:, mine.argsort()[wanted]])
         return
     tile = tiling(weight.form, bm, weight.width, gated=True, chip=chip_of(weight.values.device))
     width = weight.out // 2

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-# Where tiles were chosen by measuring, what is spilled has been paid for: 88 bytes.
-PAID = {("attention[512,128x64x1,2]", "90")}
+# Bytes of a thread. What only a kernel's end needs may wait in memory: gates of 4 bit, 128 rows, keep 24 numbers there.
+MOST_SPILLED = 96
 CHIPS = (80, 86, 89, 90, 100, 120, 121)
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -69,8 +69,7 @@ def test_every_kernel_compiles_for_every_chip(cache: Path) -> None:
     assert hopper
     missing = {chip: (eight_bit if chip < 89 else set()) | (hopper if chip != 90 else set()) for chip in CHIPS}
     assert all(names == per_chip[90] - missing[chip] for chip, names in per_chip.items())
-    spills = {(name, chip) for name, chip, _, spilled, _ in rows if int(spilled.replace("?", "0")) > 64}
-    assert spills <= PAID
+    assert not [(name, chip) for name, chip, _, spilled, _ in rows if int(spilled.replace("?", "0")) > MOST_SPILLED]
 
 
 @pytest.mark.slow
