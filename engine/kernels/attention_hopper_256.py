@@ -29,6 +29,7 @@ from engine.kernels.attention import require_aligned
 from engine.kernels.attention_hopper import (
     BM,
     BN,
+    FLAT,
     LOG2_E,
     REGISTERS,
     ROWS,
@@ -190,7 +191,7 @@ def attention_256_kernel(
     ready = gl.allocate_shared_memory(gl.int64, [2 * PLACES, 1], mbarrier.MBarrierLayout())
     # what a warp group has to give is given, and the third: queries are there
     met = gl.allocate_shared_memory(gl.int64, [3, 1], mbarrier.MBarrierLayout())
-    figures = gl.allocate_shared_memory(gl.float32, [4, BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    figures = gl.allocate_shared_memory(gl.float32, [4, BM], FLAT)
     ask(queries, query, gl.program_id(0) * (BM // GROUP), rows, heads, gl.program_id(1), GROUP)
     for one in gl.static_range(2 * PLACES):
         mbarrier.init(ready.index(one), count=1)

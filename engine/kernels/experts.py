@@ -20,7 +20,6 @@ from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import chip_of
 from engine.kernels.experts_hopper import launch_fragments
 from engine.kernels.grouped import (
-    BLOCK,
     E4M3_CHIPS,
     FORMATS,
     ROW_TILES,
@@ -166,7 +165,6 @@ def cases() -> list[KernelCase]:
     """At the model's shapes: gate and up [1408, 2816], down [2816, 704]."""
     found = []
     for form in FORMATS:
-        orders = [order_for(form, BLOCK).of_columns]
-        found += matmul_cases(form, 2816, ROW_TILES, gated=True, routed=True, followings=orders)
+        found += matmul_cases(form, 2816, ROW_TILES, gated=True, routed=True)
         found += matmul_cases(form, 704, ROW_TILES, gated=False, routed=True)
     return found

@@ -328,10 +328,8 @@ def matmul_cases(
     gated: bool,
     routed: bool,
     split: bool = False,
-    followings: Sequence[tuple[str, int]] = (),
 ) -> list[KernelCase]:
-    """Every row tile of one kernel for one format; `width` is K. `followings`: formats and blocks that a gated one's
-    result may be ordered for."""
+    """Every row tile of one kernel for one format; `width` is K. A gated one's result is ordered for its own format."""
     found = []
     index = "*i32" if routed else "*fp8e4nv:16" if form == "e4m3" else "*bf16:16"
     x = {"x": "*fp8e4nv:16", "x_scale": "*fp32:16"} if form == "e4m3" else {"x": "*bf16:16", "x_scale": "*bf16:16"}
@@ -340,15 +338,16 @@ def matmul_cases(
     chips: dict[Tiling, list[int]] = {}
     for bm, chip in product(row_tiles, E4M3_CHIPS if form == "e4m3" else SHARED_LIMIT):
         chips.setdefault(tiling(form, bm, width, gated=gated, chip=chip), []).append(chip)
-    for tile, (following, block) in product(chips, followings or [("", 0)]):
+    following = order_form(form)
+    for tile in chips:
         constants: dict[str, Any] = {"FORMAT": form, "ROUTED": routed, "EVEN_K": tile.divides(form, width)}
         constants |= tile.constants
         if gated:
-            constants |= {"A": 8 if routed else 1, "FOLLOWING": following, "FOLLOWING_BK": block}
+            constants |= {"A": 8 if routed else 1, "FOLLOWING": following, "FOLLOWING_BK": BLOCK}
         else:
             constants |= {"SPLIT": split}
         kind = "gated" if gated else "split" if split else "matmul"
-        then = f",for {following} {block}" if gated else ""
+        then = f",for {following} {BLOCK}" if gated else ""
         sizes_of = f"{tile.BM}x{tile.BN}x{tile.BK},{tile.warps}w{tile.stages}s"
         found.append(
             KernelCase(

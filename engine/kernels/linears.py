@@ -262,8 +262,7 @@ def cases() -> list[KernelCase]:
     does; all others are the same kernels."""
     found = []
     for form in FORMATS[1:]:
-        orders = [order_for(form, BLOCK).of_columns]
-        found += matmul_cases(form, 2816, ROW_TILES, gated=True, routed=False, followings=orders)
+        found += matmul_cases(form, 2816, ROW_TILES, gated=True, routed=False)
         for width in (2816, 2112):
             found += matmul_cases(form, width, ROW_TILES, gated=False, routed=False)
             found += matmul_cases(form, width, ROW_TILES[:1], gated=False, routed=False, split=True)
