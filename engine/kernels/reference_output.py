@@ -59,7 +59,8 @@ def read_logits(logits: Tensor, softcap: float, draw: Draw) -> Reading:
     if draw.bias is not None:
         gap.clamp_(max=torch.finfo(gap.dtype).max)  # an id that must not be adds 0 times this, not 0 times infinity
     entropy = gap.mul_(probabilities).sum(dim=-1) - probabilities.gather(-1, best)[:, 0].log()
-    entropy += logits.float().mul(0).sum(dim=-1)  # the softcap would hide an infinity: this makes the row's NaN
+    # the softcap would hide an infinity: this makes the row's NaN
+    entropy += logits.sum(dim=-1, dtype=torch.float32).mul_(0)
     return Reading(
         best=best[:, 0],
         entropy=entropy,
