@@ -13,6 +13,7 @@ from collections.abc import MutableMapping
 import torch
 
 from engine.config import ModelConfig
+from engine.host_memory import keep_freed_memory
 from engine.interface import EngineError
 from engine.kernels.reference import REFERENCE, Ops
 from engine.kernels.weights import Weight
@@ -45,6 +46,8 @@ def assemble(
     """The model on the pool's device; `weights` and `eight_bit` as in `Checkpoint`, `kernels` as `choose_kernels`
     returns it. The Triton ops are measured here, and the fastest way of each chosen; weights that they want laid out in
     another way are replaced, so that several models may share them."""
+    if pool.device.type == "cpu":
+        keep_freed_memory()
     if kernels == "reference":
         return DiffusionGemma(config, weights, REFERENCE, pool)
     ops = _measured(config, weights, eight_bit)

@@ -2,8 +2,10 @@
 
 Each turn asks with the whole history, as a chat client does, so most of a prompt was committed before. Conversations
 at once and one after the other have the same texts and seeds, and each way begins with an empty cache, so their times
-can be compared. There are more of them than go on at once: when one is over the next begins, so that the time in which
-the last is alone counts for little. Knows prompts, replies and the clock; nothing of HTTP or of how the engine works.
+can be compared. Half of those one after the other come before those at once and half behind, so that a machine that
+gets slower meanwhile is slower for both. There are more of them than go on at once: when one is over the next begins,
+so that the time in which the last is alone counts for little. Knows prompts, replies and the clock; nothing of HTTP or
+of how the engine works.
 
 Invariant: a turn's time begins when its request is submitted and ends when its last token has come; what the engine
 does between turns, when nobody waits, counts in the total only.
@@ -160,6 +162,14 @@ class Way:
     seconds: float  # wall clock, everything included
     replies: dict[tuple[int, int], tuple[int, ...]]
 
+    def __add__(self, other: Way) -> Way:
+        """One, then the other."""
+        return Way(
+            turns=self.turns + other.turns,
+            seconds=self.seconds + other.seconds,
+            replies=self.replies | other.replies,
+        )
+
     @property
     def tokens(self) -> int:
         return sum(turn.completion_tokens for turn in self.turns)
@@ -183,8 +193,14 @@ class Bench:
     def measure(self, questions: Sequence[str] | None) -> tuple[EngineInfo, Way, Way | None]:
         """`questions` are asked in turn; None = a story, then sums, others in every conversation. Raises
         EngineError."""
-        info, alone = self._way(questions, together=False)
-        return info, alone, self._way(questions, together=True)[1] if self.parallel > 1 else None
+        if self.parallel == 1:
+            info, alone = self._way(self._chats(questions, 1))
+            return info, alone, None
+        count = self.parallel * ROUNDS
+        info, before = self._way(self._chats(questions, count)[: count // 2])
+        _, together = self._way(self._chats(questions, count), at_once=self.parallel)
+        _, behind = self._way(self._chats(questions, count)[count // 2 :])
+        return info, before + behind, together
 
     def report(self, questions: Sequence[str] | None, headline: Callable[[EngineInfo], str], path: Path | None) -> None:
         """Measure, print tables and the JSON document, and write the latter to `path` too."""
@@ -200,17 +216,20 @@ class Bench:
             path.write_text(found + "\n", encoding="utf-8")
         print(found)
 
-    def _way(self, questions: Sequence[str] | None, *, together: bool) -> tuple[EngineInfo, Way]:
+    def _chats(self, questions: Sequence[str] | None, count: int) -> list[Conversation]:
         chats = []
-        for number, story in enumerate(story_prompts(self.parallel * ROUNDS if self.parallel > 1 else 1)):
+        for number, story in enumerate(story_prompts(count)):
             asked = questions or [story, *(f"What is {10 + number} + {20 + turn}?" for turn in range(1, self.turns))]
             chats.append(Conversation(number, [asked[turn % len(asked)] for turn in range(self.turns)]))
+        return chats
+
+    def _way(self, chats: Sequence[Conversation], *, at_once: int = 1) -> tuple[EngineInfo, Way]:
         with closing(self.build()) as engine:
             talks = Talks(engine, self.renderer(engine.info), max_tokens=self.max_tokens, clock=self.clock)
             list(talks.run([Conversation(len(chats), ["Who are you?"])]))  # warm-up, not counted
             talks.replies.clear()
             began = self.clock()
-            done = tuple(talks.run(chats, at_once=self.parallel if together else 1))
+            done = tuple(talks.run(chats, at_once=at_once))
             return engine.info, Way(turns=done, seconds=self.clock() - began, replies=talks.replies)
 
 
