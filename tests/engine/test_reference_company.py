@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.kernels import reference as ops
 from engine.kernels.readers import Entrance, Experts, Mlp
-from engine.kernels.reference_output import Draw
+from engine.kernels.reference_output import Draw, read_logits
 
 M, WIDTH, EXPERTS, EXPERT_WIDTH, HEADS, KV_HEADS, HEAD_DIM, VOCAB = 96, 200, 8, 104, 4, 2, 48, 1000
 ROWS = 512
@@ -117,7 +117,7 @@ def output(dtype: torch.dtype) -> Run:
                 uniforms=uniforms[rows],
                 shaped=shaped,
             )
-            reading = ops.read_logits(logits[rows], 30.0, draw)
+            reading = read_logits(logits[rows], 30.0, draw)
             found += [reading.best, reading.entropy, reading.drawn, reading.probabilities]
         return tuple(found)
 
