@@ -114,6 +114,8 @@ def test_rows_of_an_image(name: str, window: int | None, device: torch.device) -
         "triton": attention(queries, keys, values, view),
         "reference": reference.attention(queries, keys, values, view),
     }
+    # a GPU multiplies float32 in tf32: an error of 2**-11 in scores of about 5, and nothing evens it out within one row
+    bound = 1e-5 if device.type == "cpu" else 5e-3
     for row in real_rows(view):
         pages = view.table[view.segment[row].long()].long()
         seen = slice(int(view.low[row]), int(view.high[row]))
@@ -123,7 +125,7 @@ def test_rows_of_an_image(name: str, window: int | None, device: torch.device) -
         shares = torch.einsum("hd,lhd->hl", queries[row], own_keys).softmax(-1)
         expected = torch.einsum("hl,lhd->hd", shares, own_values).flatten()
         for result in found.values():
-            assert_near(result[row], expected, 1e-5 if device.type == "cpu" else 2e-3)
+            assert_near(result[row], expected, bound)
 
 
 @pytest.mark.parametrize(("heads", "kv", "dim"), [(8, 1, 32), (2, 2, 64)])
