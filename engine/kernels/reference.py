@@ -30,8 +30,8 @@ from engine.pages import PAGE
 # A matmul on a CPU takes another way, with other rounding, for fewer rows; with at least these a row's result does not
 # depend on how many there are, so neither does a reply on what is served beside it.
 ROWS = 16
-# In bfloat16, oneDNN makes and keeps 0.7 MB of code for every number of rows it meets: so these are multiples of ROWS,
-# and not more than this at a time.
+# Threads share them, so there are whole ROWS for each or none: always a multiple. In bfloat16, oneDNN moreover makes and
+# keeps 0.7 MB of code for every number of rows it meets: so these are not more than this at a time.
 MOST_ROWS = 256
 
 # gelu_tanh's exponent is (_LINEAR + _CUBIC x**2) x
@@ -283,7 +283,7 @@ def _times(x: Tensor, weight: Tensor) -> Tensor:
 
 def _multiply(x: Tensor, weight: Tensor, out: Tensor) -> None:
     """The same into `out`, for a multiple of ROWS."""
-    if x.shape[0] <= MOST_ROWS:
+    if x.shape[0] <= MOST_ROWS or x.dtype == torch.float32:
         torch.mm(x, weight.t(), out=out)
         return
     for some, into in zip(x.split(MOST_ROWS), out.split(MOST_ROWS), strict=True):
