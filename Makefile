@@ -3,6 +3,7 @@
 #   make test  [ARGS="-k canvas"]                 the whole test suite
 #   make test-clients                             other people's clients against the server; installs them first
 #   make test-load                                guidellm and aiperf against it; installs seven gigabytes first
+#   make test-kernels                             every GPU kernel compiled for every chip; make test takes a part of them
 #   make test-image [ARGS="--target cuda"]        build the container image without Docker, and chat with it (as root)
 #   make test-cluster                             two replicas on Ray Serve; installs Ray first
 #   make bench-cluster                            what two replicas do in the time of one
@@ -29,11 +30,11 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --pro
 FAILED := { grep -v '^WARNING' $(LOG) | tail -n 15 >&2; echo "The installation failed; all of it is in $(LOG)." >&2; exit 1; }
 
 .NOTPARALLEL:
-.PHONY: help serve test test-clients test-load test-image test-cluster bench-cluster fuzz check audit bench schemas web \
-	kernels clean
+.PHONY: help serve test test-clients test-load test-kernels test-image test-cluster bench-cluster fuzz check audit bench \
+	schemas web kernels clean
 
 help:
-	@sed -n '2,15s/^#   //p' Makefile
+	@sed -n '2,16s/^#   //p' Makefile
 
 serve: $(STAMP)-run
 	@exec $(BIN)/easel serve $(if $(PORT),--port $(PORT)) $(ARGS)
@@ -83,6 +84,9 @@ test-clients: $(STAMP)-test $(CLIENTS) .venv-clients/.installed-node
 
 test-load: $(STAMP)-test .venv-load/.installed
 	$(call TRY,.venv-load,test_load.py) $(ARGS)
+
+test-kernels: $(STAMP)-test
+	ALL_KERNELS=1 $(BIN)/python -m pytest tests/engine/test_kernels_ahead_of_time.py $(ARGS)
 
 # Takes buildah and debootstrap; what they make stays in build/image.
 test-image: | $(BIN)/python

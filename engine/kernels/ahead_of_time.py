@@ -1,7 +1,8 @@
 """Compiles kernels for chips that are not here and says what they need: `python -m engine.kernels.ahead_of_time`.
 
-Needs no GPU. Registers and spills are what Triton's own assembler reports of the machine code; a kernel that does not
-compile or does not fit a chip's shared memory makes the command fail. Launches nothing.
+Needs no GPU. Compiles all that start-up may choose, or with `--pairwise` what stands for all (see `coverage`).
+Registers and spills are what Triton's own assembler reports of the machine code; a kernel that does not compile or does
+not fit a chip's shared memory makes the command fail. Launches nothing.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from engine.kernels import (
 )
 from engine.kernels.catalog import KernelCase
 from engine.kernels.chips import SHARED_LIMIT
+from engine.kernels.coverage import Compilation, pairwise
 
 MODULES: tuple[Callable[[], list[KernelCase]], ...] = (
     routing.cases,
@@ -84,13 +86,9 @@ def all_cases() -> list[KernelCase]:
     return found
 
 
-def compile_case(case: KernelCase, chip: int) -> Needs:
-    """Compile for one chip. Raises what Triton raises; ValueError if shared memory exceeds the chip's limit."""
-    return compile_alike(case, (chip,))[0]
-
-
 def compile_alike(case: KernelCase, chips: Sequence[int]) -> list[Needs]:
-    """The same for chips with the same PTX."""
+    """Compile for chips with the same PTX. Raises what Triton raises; ValueError if shared memory exceeds the limit of
+    one of them."""
     first, *others = chips
     compiled = lowered(case, first)
     cubins = {first: compiled.asm["cubin"]} | {chip: _assembled(case, compiled.asm["ptx"], chip) for chip in others}
@@ -168,21 +166,27 @@ def alike(case: KernelCase, chips: Iterable[int]) -> list[tuple[int, ...]]:
     return [tuple(group) for group in groups.values()]
 
 
-def compile_all(chips: Sequence[int], pattern: str = "") -> list[Needs]:
-    """Every case whose name contains `pattern`, for each of `chips` it may run on, in as many processes as there are
-    processors."""
-    wanted = [(name, group) for name, case in _by_name().items() if pattern in name for group in alike(case, chips)]
+def compilations(chips: Sequence[int] = CHIPS, pattern: str = "") -> list[Compilation]:
+    """Every case whose name contains `pattern`, with each group of `chips` it may run on."""
+    return [(case, group) for name, case in _by_name().items() if pattern in name for group in alike(case, chips)]
+
+
+def compile_all(wanted: Iterable[Compilation]) -> list[Needs]:
+    """In as many processes as there are processors."""
+    named = [(case.name, group) for case, group in wanted]
     with ProcessPoolExecutor() as pool:  # a case holds a function of Triton's, which does not travel: its name does
-        return list(chain.from_iterable(pool.map(_named, *zip(*wanted, strict=True)))) if wanted else []
+        return list(chain.from_iterable(pool.map(_named, *zip(*named, strict=True)))) if named else []
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--chip", type=int, action="append", choices=CHIPS, help="default: all")
     parser.add_argument("--kernel", default="", help="only kernels whose name contains this")
+    parser.add_argument("--pairwise", action="store_true", help="only those that stand for the others")
     given = parser.parse_args()
+    wanted = compilations(given.chip or CHIPS, given.kernel)
     print(f"{'kernel':<52} {'chip':>5} {'registers':>9} {'spilled':>7} {'shared':>7}")
-    for needs in compile_all(given.chip or CHIPS, given.kernel):
+    for needs in compile_all(pairwise(wanted) if given.pairwise else wanted):
         registers, spilled = (("?" if value is None else value) for value in (needs.registers, needs.spilled))
         print(f"{needs.name:<52} {needs.chip:>5} {registers:>9} {spilled:>7} {needs.shared:>7}")
 

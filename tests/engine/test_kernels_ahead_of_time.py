@@ -1,5 +1,6 @@
-"""Every kernel compiles for every chip and fits its shared memory: checked by the command itself.
+"""Kernels compile for every chip and fit its shared memory and registers: checked by the command itself.
 
+By default those that stand for the others (`coverage`); with ALL_KERNELS=1, as `make test-kernels` sets it, all.
 In a process of its own, because these tests' process may interpret Triton instead of compiling it.
 """
 
@@ -13,23 +14,26 @@ from pathlib import Path
 
 import pytest
 
+from engine.kernels.ahead_of_time import all_cases, compilations
+from engine.kernels.coverage import pairwise
+
 # Bytes of a thread. What only a kernel's end needs may wait in memory: gates of 4 bit, 128 rows, keep 24 numbers there.
 MOST_SPILLED = 96
 CHIPS = (80, 86, 89, 90, 100, 120, 121)
+ALL_KERNELS = bool(int(os.environ.get("ALL_KERNELS", "0")))
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# For one kernel of each function, how many PTX there are for each group of chips for which one is made, names aside.
+# For the smallest kernel of each function that has been compiled, how many PTX there are for each group of chips for
+# which one is made, names aside.
 COMPARE = """
 import re
-from engine.kernels.ahead_of_time import CHIPS, all_cases, alike, lowered
+from engine.kernels.ahead_of_time import compilations, lowered
+from engine.kernels.coverage import pairwise
 
-seen = set()
-for case in all_cases():
-    for group in alike(case, CHIPS):
-        if len(group) > 1 and (case.kernel, group) not in seen:
-            seen.add((case.kernel, group))
-            print(len({re.sub(r"sm_\\d+", "", lowered(case, chip).asm["ptx"]) for chip in group}), case.name, group)
+smallest = {(case.kernel, chips): case for case, chips in pairwise(compilations()) if len(chips) > 1}
+for (_, chips), case in smallest.items():
+    print(len({re.sub(r"sm_\\d+", "", lowered(case, chip).asm["ptx"]) for chip in chips}), case.name, chips)
 """
 
 
@@ -52,23 +56,33 @@ def lines(cache: Path, *arguments: str) -> list[str]:
     return told.stdout.splitlines()
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_every_kernel_compiles_for_every_chip(cache: Path) -> None:
-    rows = [line.rsplit(maxsplit=4) for line in lines(cache, "-m", "engine.kernels.ahead_of_time")[1:]]
+def per_chip() -> dict[int, set[str]]:
+    """What there is for each chip, whatever the sizes of its tiles."""
+    sizes = re.compile(r"\d+x\d+(x\d+)*(,\d+w\d+s|,\d)?")
+    return {chip: {sizes.sub("tile", case.name) for case in all_cases() if chip in case.chips} for chip in CHIPS}
+
+
+def test_every_kernel_is_for_every_chip() -> None:
     # a tile may depend on the chip, what there is a kernel for may not
-    kernels = [(re.sub(r"\d+x\d+(x\d+)*(,\d+w\d+s|,\d)?", "tile", row[0]), row[1]) for row in rows]
-    per_chip = {chip: {name for name, where in kernels if where == str(chip)} for chip in CHIPS}
-    assert len(per_chip[90]) > 40
+    kernels = per_chip()
+    assert len(kernels[90]) > 40
     # chips whose matrix units multiply no 8-bit floats do without
-    eight_bit = {name for name in per_chip[90] if "e4m3" in name or name.startswith("round[")}
+    eight_bit = {name for name in kernels[90] if "e4m3" in name or name.startswith("round[")}
     assert len(eight_bit) > 8
     # in Gluon, and what is for it; and rows as the dense MLP's tiles of 128 columns of 4 bit want them
     only = ("hopper", "fragment", "join_attention[nvfp4 128 and")
-    hopper = {name for name in per_chip[90] if any(part in name for part in only)}
+    hopper = {name for name in kernels[90] if any(part in name for part in only)}
     assert hopper
     missing = {chip: (eight_bit if chip < 89 else set()) | (hopper if chip != 90 else set()) for chip in CHIPS}
-    assert all(names == per_chip[90] - missing[chip] for chip, names in per_chip.items())
+    assert all(names == kernels[90] - missing[chip] for chip, names in kernels.items())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kernels_compile_and_fit(cache: Path) -> None:
+    arguments, wanted = ([], compilations()) if ALL_KERNELS else (["--pairwise"], pairwise(compilations()))
+    rows = [line.rsplit(maxsplit=4) for line in lines(cache, "-m", "engine.kernels.ahead_of_time", *arguments)[1:]]
+    assert {(row[0], int(row[1])) for row in rows} == {(case.name, chip) for case, chips in wanted for chip in chips}
     assert not [(name, chip) for name, chip, _, spilled, _ in rows if int(spilled.replace("?", "0")) > MOST_SPILLED]
 
 
