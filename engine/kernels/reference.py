@@ -30,8 +30,8 @@ from engine.pages import PAGE
 # A matmul on a CPU takes another way, with other rounding, for fewer rows; with at least these a row's result does not
 # depend on how many there are, so neither does a reply on what is served beside it.
 ROWS = 16
-# Threads share them, so there are whole ROWS for each or none: always a multiple. In bfloat16, oneDNN moreover makes and
-# keeps 0.7 MB of code for every number of rows it meets: so these are not more than this at a time.
+# Always a multiple of ROWS: many threads may get too few of any other number. In bfloat16, oneDNN moreover makes and
+# keeps 0.7 MB of code for every number of rows it meets: so there are not more than this at a time.
 MOST_ROWS = 256
 
 # gelu_tanh's exponent is (_LINEAR + _CUBIC x**2) x
