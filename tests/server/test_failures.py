@@ -32,7 +32,7 @@ CHAT = "/v1/chat/completions"
 LONG = Script([[173]] * 10_000, steps=1, step_seconds=0.001)
 
 
-def until(condition: Callable[[], Any], seconds: float = 20.0) -> None:
+def until(condition: Callable[[], Any], seconds: float = 100.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "it never happened"
